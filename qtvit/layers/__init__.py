@@ -1,0 +1,6 @@
+"""Building blocks of the network: convolutional blocks and multi-scale Taylor attention."""
+
+from .attention import MultiScaleAttention
+from .conv import ConvNormAct, ConvPair, DSConv, FusedMBConv, MBConv, Residual
+
+__all__ = ["ConvNormAct", "ConvPair", "DSConv", "FusedMBConv", "MBConv", "MultiScaleAttention", "Residual"]

@@ -1,0 +1,99 @@
+"""The convolutional blocks of EfficientViT's two families.
+
+Each block maps (B, in_chans, H, W) to (B, out_chans, ceil(H / stride), ceil(W / stride)) and ends in a norm without
+activation: residual sums are not activated. "Fewer norm" blocks (``fewer_norm=True``) have a bias in place of the inner norms.
+"""
+
+from functools import partial
+
+from timm.layers import create_act_layer
+from torch import Tensor, nn
+
+
+class ConvNormAct(nn.Sequential):
+    """Convolution with "same" padding, then BatchNorm (or a bias, if ``norm_eps`` is None), then the activation (if any)."""
+
+    def __init__(
+        self,
+        in_chans: int,
+        out_chans: int,
+        kernel_size: int,
+        *,
+        stride: int = 1,
+        groups: int = 1,
+        norm_eps: float | None = 1e-5,
+        act: str | None = None,
+    ) -> None:
+        super().__init__()
+        padding = kernel_size // 2
+        self.conv = nn.Conv2d(
+            in_chans, out_chans, kernel_size, stride, padding, groups=groups, bias=norm_eps is None
+        )
+        if norm_eps is not None:
+            self.norm = nn.BatchNorm2d(out_chans, eps=norm_eps)
+        if act is not None:
+            self.act = create_act_layer(act, inplace=False)
+
+
+class DSConv(nn.Sequential):
+    """Depthwise-separable convolution: depthwise 3×3, pointwise 1×1."""
+
+    def __init__(self, in_chans: int, out_chans: int, *, stride: int = 1, norm_eps: float, act: str) -> None:
+        super().__init__()
+        self.depth_conv = ConvNormAct(in_chans, in_chans, 3, stride=stride, groups=in_chans, norm_eps=norm_eps, act=act)
+        self.point_conv = ConvNormAct(in_chans, out_chans, 1, norm_eps=norm_eps)
+
+
+class ConvPair(nn.Sequential):
+    """Two 3×3 convolutions, the first activated."""
+
+    def __init__(self, in_chans: int, out_chans: int, *, stride: int = 1, norm_eps: float, act: str) -> None:
+        super().__init__()
+        self.conv1 = ConvNormAct(in_chans, out_chans, 3, stride=stride, norm_eps=norm_eps, act=act)
+        self.conv2 = ConvNormAct(out_chans, out_chans, 3, norm_eps=norm_eps)
+
+
+class MBConv(nn.Sequential):
+    """Inverted bottleneck: pointwise 1×1 to ``expand`` times the channels, depthwise 3×3, pointwise 1×1."""
+
+    def __init__(
+        self,
+        in_chans: int,
+        out_chans: int,
+        *,
+        stride: int = 1,
+        expand: int = 4,
+        fewer_norm: bool = False,
+        norm_eps: float,
+        act: str,
+    ) -> None:
+        super().__init__()
+        mid = in_chans * expand
+        inner = partial(ConvNormAct, norm_eps=None if fewer_norm else norm_eps, act=act)
+        self.inverted_conv = inner(in_chans, mid, 1)
+        self.depth_conv = inner(mid, mid, 3, stride=stride, groups=mid)
+        self.point_conv = ConvNormAct(mid, out_chans, 1, norm_eps=norm_eps)
+
+
+class FusedMBConv(nn.Sequential):
+    """Inverted bottleneck with one dense 3×3 in place of the expansion and the depthwise convolution."""
+
+    def __init__(
+        self, in_chans: int, out_chans: int, *, stride: int = 1, expand: int = 4, norm_eps: float, act: str
+    ) -> None:
+        super().__init__()
+        mid = in_chans * expand
+        self.spatial_conv = ConvNormAct(in_chans, mid, 3, stride=stride, norm_eps=norm_eps, act=act)
+        self.point_conv = ConvNormAct(mid, out_chans, 1, norm_eps=norm_eps)
+
+
+class Residual(nn.Module):
+    """x + drop_path(main(x))."""
+
+    def __init__(self, main: nn.Module, drop_path: nn.Module) -> None:
+        super().__init__()
+        self.main = main
+        self.drop_path = drop_path
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.drop_path(self.main(x))

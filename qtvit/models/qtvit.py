@@ -1,0 +1,522 @@
+"""QT-ViT: EfficientViT's architecture with quadratic-Taylor linear attention.
+
+"QT-ViT: Improving Linear Attention in ViT with Quadratic Taylor Expansion", Xu et al., NeurIPS 2024; the macro design is
+that of "EfficientViT: Multi-Scale Linear Attention for High-Resolution Dense Prediction", Cai et al., ICCV 2023.
+
+Shapes: B batch, C channels, H x W image or feature map. The network takes any H x W, square or not.
+"""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import DropPath, SelectAdaptivePool2d, create_act_layer, to_2tuple
+from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs, register_model
+from timm.models._features import feature_take_indices
+from torch import Tensor, nn
+
+from qtvit.layers import ConvNormAct, ConvPair, DSConv, FusedMBConv, MBConv, MultiScaleAttention, Residual
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One resolution level: a block that changes width and resolution, then ``depth`` residual blocks.
+
+    Attributes:
+        width: channels out.
+        depth: residual blocks after the first.
+        block: kind of those blocks; "attn" is attention followed by a local MBConv.
+        first: kind of the first block; "conv" is the plain 3×3 stem convolution.
+        stride: of the first block.
+        expand: expansion of the residual MBConvs.
+        first_expand: expansion of the first block.
+        fewer_norm: MBConvs have biases in place of their inner norms.
+    """
+
+    width: int
+    depth: int
+    block: Literal["ds", "pair", "mb", "fused", "attn"]
+    first: Literal["conv", "mb", "fused"] = "mb"
+    stride: int = 2
+    expand: int = 4
+    first_expand: int = 4
+    fewer_norm: bool = False
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Everything that tells one variant from another.
+
+    Attributes:
+        stages: from the highest resolution to the lowest.
+        head_dim: channels per attention head.
+        head_widths: channels of the head's 1×1 convolution and of its hidden linear layer.
+        act: name of the activation, as in ``timm.layers``.
+        norm_eps: eps of every norm.
+        img_size: side for which the positional maps are laid out by default.
+    """
+
+    stages: tuple[Stage, ...]
+    head_dim: int
+    head_widths: tuple[int, int]
+    act: str = "hard_swish"
+    norm_eps: float = 1e-5
+    img_size: int = 224
+
+
+class AttentionBlock(nn.Module):
+    """Attention for context, then an MBConv for local detail; both residual, neither pre-normed."""
+
+    def __init__(self, attn: nn.Module, local: nn.Module, attn_drop_path: nn.Module, local_drop_path: nn.Module) -> None:
+        super().__init__()
+        self.attn = attn
+        self.attn_drop_path = attn_drop_path
+        self.local = local
+        self.local_drop_path = local_drop_path
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn_drop_path(self.attn(x))
+        x = x + self.local_drop_path(self.local(x))
+        return x
+
+
+class ClassifierHead(nn.Module):
+    """1×1 convolution, global pool, hidden linear layer, classifier: (B, C, H, W) -> (B, num_classes)."""
+
+    def __init__(
+        self,
+        in_chans: int,
+        widths: tuple[int, int],
+        num_classes: int,
+        *,
+        global_pool: str = "avg",
+        drop_rate: float = 0.0,
+        norm_eps: float = 1e-5,
+        act: str = "hard_swish",
+    ) -> None:
+        super().__init__()
+        self.in_conv = ConvNormAct(in_chans, widths[0], 1, norm_eps=norm_eps, act=act)
+        self.hidden = nn.Linear(widths[0], widths[1], bias=False)
+        self.norm = nn.LayerNorm(widths[1], eps=norm_eps)
+        self.act = create_act_layer(act, inplace=False)
+        self.drop = nn.Dropout(drop_rate)
+        self.reset(num_classes, global_pool)
+
+    def reset(self, num_classes: int, global_pool: str | None = None) -> None:
+        """A new classifier of ``num_classes`` outputs (0: none), and optionally another pooling ("": none)."""
+        if global_pool is not None:
+            if global_pool == "" and num_classes > 0:
+                raise ValueError(f"global_pool='' (no pooling) goes with num_classes=0 only, not {num_classes}")
+            self.global_pool = SelectAdaptivePool2d(pool_type=global_pool, flatten=True)
+        width = self.hidden.out_features
+        self.classifier = nn.Linear(width, num_classes) if num_classes > 0 else nn.Identity()
+        self.classifier.to(self.hidden.weight.device, self.hidden.weight.dtype)
+
+    def forward(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        if not self.global_pool.pool_type:
+            return x
+        x = self.global_pool(self.in_conv(x))
+        x = self.act(self.norm(self.hidden(x)))
+        return x if pre_logits else self.classifier(self.drop(x))
+
+
+class QTViT(nn.Module):
+    """The QT-ViT backbone and classifier, (B, in_chans, H, W) -> (B, num_classes), under timm's model contract.
+
+    Args:
+        cfg: the architecture.
+        img_size: (H, W) for which the positional maps are laid out; other sizes work too, the maps are resized.
+        in_chans: image channels.
+        num_classes: outputs of the classifier; 0 leaves it out.
+        global_pool: pooling of the head, as in ``timm.layers.SelectAdaptivePool2d``; "" returns the last feature map.
+        kernel: attention kernel, a name in ``qtvit.ops.KERNELS``.
+        drop_rate: dropout before the classifier.
+        drop_path_rate: stochastic depth of the last residual unit; unit i of n gets ``drop_path_rate * (i + 1) / n``.
+
+    Raises:
+        ValueError: an unknown kernel, no pooling with a classifier.
+    """
+
+    def __init__(
+        self,
+        cfg: Architecture,
+        *,
+        img_size: int | tuple[int, int] | None = None,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "avg",
+        kernel: str = "taylor2",
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.cfg = cfg
+        self.img_size: tuple[int, int] = to_2tuple(cfg.img_size if img_size is None else img_size)
+        self.in_chans = in_chans
+        self.num_classes = num_classes
+        self.global_pool = global_pool
+        self.kernel = kernel
+        self.grad_checkpointing = False
+
+        drop_paths = _drop_paths(cfg.stages, drop_path_rate)
+        self.stages = nn.Sequential()
+        self.feature_info: list[dict[str, Any]] = []
+        chans, reduction = in_chans, 1
+        for i, stage in enumerate(cfg.stages):
+            reduction *= stage.stride
+            map_size = tuple(-(-side // reduction) for side in self.img_size)
+            self.stages.append(_build_stage(stage, chans, cfg, map_size, kernel, drop_paths))
+            chans = stage.width
+            self.feature_info.append({"num_chs": chans, "reduction": reduction, "module": f"stages.{i}"})
+
+        self.num_features = chans
+        self.head_hidden_size = cfg.head_widths[1]
+        self.head = ClassifierHead(
+            chans,
+            cfg.head_widths,
+            num_classes,
+            global_pool=global_pool,
+            drop_rate=drop_rate,
+            norm_eps=cfg.norm_eps,
+            act=cfg.act,
+        )
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Truncated normal 0.02 for convolutions and linear layers; every residual branch starts silent (last norm at 0)."""
+        for module in self.modules():
+            if isinstance(module, (nn.Conv2d, nn.Linear)):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        for module in self.modules():
+            branches = (
+                [module.main] if isinstance(module, Residual)
+                else [module.attn, module.local] if isinstance(module, AttentionBlock)
+                else []
+            )  # fmt: skip
+            for branch in branches:
+                last_norm = [m for m in branch.modules() if isinstance(m, nn.BatchNorm2d)][-1]
+                nn.init.zeros_(last_norm.weight)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """(B, in_chans, H, W) -> (B, num_features, ceil(H / reduction), ceil(W / reduction))."""
+        for stage in self.stages:
+            x = self._run_stage(stage, x)
+        return x
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Features -> logits, or the (B, head_hidden_size) input of the classifier if ``pre_logits``."""
+        return self.head(x, pre_logits=pre_logits)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.forward_features(x)
+        x = self.forward_head(x)
+        return x
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | Sequence[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """The outputs of the stages chosen by ``indices`` (all if None, the last n if an int), after timm's convention.
+
+        Args:
+            x: (B, in_chans, H, W).
+            indices: which stages.
+            norm: accepted for timm's interface; stages end in a norm already, so it changes nothing.
+            stop_early: do not run the stages after the last one asked for.
+            output_fmt: "NCHW".
+            intermediates_only: return the list alone, without the final features.
+        """
+        if output_fmt != "NCHW":
+            raise ValueError(f"output_fmt must be 'NCHW', got {output_fmt!r}")
+        take_indices, max_index = feature_take_indices(len(self.stages), indices)
+        intermediates = []
+        for i, stage in enumerate(self.stages[: max_index + 1] if stop_early else self.stages):
+            x = self._run_stage(stage, x)
+            if i in take_indices:
+                intermediates.append(x)
+        return intermediates if intermediates_only else (x, intermediates)
+
+    def prune_intermediate_layers(
+        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Drop the stages (and the head) that `forward_intermediates` with ``indices`` does not need."""
+        take_indices, max_index = feature_take_indices(len(self.stages), indices)
+        self.stages = self.stages[: max_index + 1]
+        if prune_head:
+            self.reset_classifier(0, "")
+        return take_indices
+
+    def get_classifier(self) -> nn.Module:
+        return self.head.classifier
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """A new, randomly initialised classifier; optionally another pooling."""
+        self.num_classes = num_classes
+        if global_pool is not None:
+            self.global_pool = global_pool
+        self.head.reset(num_classes, global_pool)
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        self.grad_checkpointing = enable
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        return {"stem": r"^stages\.0\.0\.", "blocks": r"^stages\.(\d+)" if coarse else r"^stages\.(\d+)\.(\d+)"}
+
+    def _run_stage(self, stage: nn.Module, x: Tensor) -> Tensor:
+        return checkpoint(stage, x) if self.grad_checkpointing and self.training else stage(x)
+
+
+def _drop_paths(stages: Sequence[Stage], rate: float) -> Iterator[nn.Module]:
+    """One drop-path module for each residual unit, in order (an attention block is two, DSConv stem blocks none)."""
+    units = [(2 if s.block == "attn" else 1) * s.depth for s in stages if s.block != "ds"]
+    num_units = sum(units)
+    return (DropPath(rate * (i + 1) / num_units) if rate else nn.Identity() for i in range(num_units))
+
+
+def _build_stage(
+    stage: Stage,
+    in_chans: int,
+    cfg: Architecture,
+    map_size: tuple[int, ...],
+    kernel: str,
+    drop_paths: Iterator[nn.Module],
+) -> nn.Sequential:
+    common = {"norm_eps": cfg.norm_eps, "act": cfg.act}
+    width = stage.width
+    mb = partial(MBConv, fewer_norm=stage.fewer_norm, **common)
+    first = {
+        "conv": partial(ConvNormAct, kernel_size=3, **common),
+        "mb": partial(mb, expand=stage.first_expand),
+        "fused": partial(FusedMBConv, expand=stage.first_expand, **common),
+    }[stage.first]
+
+    def attention_block() -> nn.Module:
+        attn = MultiScaleAttention(
+            width, head_dim=cfg.head_dim, map_size=map_size, kernel=kernel, norm_eps=cfg.norm_eps
+        )
+        return AttentionBlock(attn, mb(width, width, expand=stage.expand), next(drop_paths), next(drop_paths))
+
+    block = {
+        "ds": lambda: Residual(DSConv(width, width, **common), nn.Identity()),
+        "pair": lambda: Residual(ConvPair(width, width, **common), next(drop_paths)),
+        "mb": lambda: Residual(mb(width, width, expand=stage.expand), next(drop_paths)),
+        "fused": lambda: Residual(FusedMBConv(width, width, expand=stage.expand, **common), next(drop_paths)),
+        "attn": attention_block,
+    }[stage.block]
+    return nn.Sequential(first(in_chans, width, stride=stage.stride), *(block() for _ in range(stage.depth)))
+
+
+# Released checkpoints
+
+_ATTENTION_NAMES = {
+    "scalars.c": "ones_scale1",
+    "pos_embed": "positional_encoding",
+    "qkv.": "qkv.conv.",
+    "aggregate.": "aggreg.0.",
+    "shortcut_norm.": "bn.",
+    "proj.": "proj.",
+}
+_HEAD_NAMES = {
+    "in_conv.": "head.op_list.0.",
+    "hidden.": "head.op_list.2.linear.",
+    "norm.": "head.op_list.2.norm.",
+    "classifier.": "head.op_list.3.linear.",
+}
+
+
+def released_name(key: str, cfg: Architecture) -> str:
+    """The name in the authors' checkpoints of the entry ``key`` of our state dict.
+
+    Their family B counts the stem apart from the stages, their family L does not.
+    """
+    if key.startswith("head."):
+        return _replace_prefix(key.removeprefix("head."), _HEAD_NAMES)
+    match = re.fullmatch(r"stages\.(\d+)\.(\d+)\.(.+)", key)
+    if match is None:
+        raise ValueError(f"{key!r} is no entry of a QTViT state dict")
+    stage, block, name = int(match[1]), int(match[2]), match[3]
+    if cfg.stages[0].block == "ds":
+        prefix = "backbone.input_stem" if stage == 0 else f"backbone.stages.{stage - 1}"
+    else:
+        prefix = f"backbone.stages.{stage}"
+    if name.startswith("attn."):
+        name = "context_module.main." + _replace_prefix(name.removeprefix("attn."), _ATTENTION_NAMES)
+    elif name.startswith("local."):
+        name = name.replace("local.", "local_module.main.", 1)
+    elif block == 0 and stage > 0:
+        name = f"main.{name}"
+    return f"{prefix}.op_list.{block}.{name}"
+
+
+def _replace_prefix(name: str, table: Mapping[str, str]) -> str:
+    for ours, theirs in table.items():
+        if name.startswith(ours):
+            return theirs + name.removeprefix(ours)
+    raise ValueError(f"no released counterpart for {name!r}")
+
+
+def checkpoint_filter_fn(state_dict: dict[str, Any], model: QTViT) -> dict[str, Tensor]:
+    """A state dict with our names from one with ours or with the release's; names that are neither stay as they are."""
+    state_dict = state_dict.get("state_dict", state_dict)
+    ours = {released_name(key, model.cfg): key for key in model.state_dict() if model.kernel == "taylor2"}
+    return {ours.get(key, key): value for key, value in state_dict.items()}
+
+
+# Variants
+
+
+def _family_b(width: Sequence[int], depth: Sequence[int]) -> tuple[Stage, ...]:
+    """EfficientViT-B: attention in the last two stages. Depth counts as in the paper: strided MBConvs are in it."""
+    return (
+        Stage(width[0], depth[0], "ds", first="conv"),
+        Stage(width[1], depth[1] - 1, "mb"),
+        Stage(width[2], depth[2] - 1, "mb"),
+        Stage(width[3], depth[3], "attn", fewer_norm=True),
+        Stage(width[4], depth[4], "attn", fewer_norm=True),
+    )
+
+
+def _family_l(width: Sequence[int], depth: Sequence[int]) -> tuple[Stage, ...]:
+    """EfficientViT-L: dense convolutions early, attention in the last stage only."""
+    return (
+        Stage(width[0], depth[0], "pair", first="conv"),
+        Stage(width[1], depth[1], "fused", first="fused", first_expand=16),
+        Stage(width[2], depth[2], "fused", first="fused", first_expand=16),
+        Stage(width[3], depth[3], "mb", first_expand=16, fewer_norm=True),
+        Stage(width[4], depth[4], "attn", first_expand=24, expand=6, fewer_norm=True),
+    )
+
+
+_L = partial(Architecture, head_dim=32, act="gelu_tanh", norm_eps=1e-7)
+
+ARCHITECTURES: dict[str, Architecture] = {
+    # For 32 to 64 px: at 32 px, attention sees 16 x 16 and 8 x 8 tokens.
+    "qtvit_nano": Architecture(
+        (
+            Stage(16, 1, "ds", first="conv", stride=1),
+            Stage(48, 2, "attn", fewer_norm=True),
+            Stage(96, 2, "attn", fewer_norm=True),
+        ),
+        head_dim=16,
+        head_widths=(192, 192),
+        img_size=32,
+    ),
+    "qtvit_0": Architecture(_family_b((8, 16, 32, 64, 128), (1, 2, 2, 2, 2)), 16, (1024, 1280)),
+    "qtvit_1": Architecture(_family_b((16, 32, 64, 128, 256), (1, 2, 3, 3, 4)), 16, (1536, 1600)),
+    "qtvit_2": Architecture(_family_b((24, 48, 96, 192, 384), (1, 3, 4, 4, 6)), 32, (2304, 2560)),
+    "qtvit_3": Architecture(_family_b((32, 64, 128, 256, 512), (1, 4, 6, 6, 9)), 32, (2304, 2560)),
+    "qtvit_4": _L(_family_l((32, 64, 128, 256, 512), (1, 1, 1, 6, 6)), head_widths=(3072, 3200)),
+    "qtvit_5": _L(_family_l((32, 64, 128, 256, 512), (1, 2, 2, 8, 8)), head_widths=(3072, 3200)),
+    "qtvit_6": _L(_family_l((64, 128, 256, 512, 1024), (1, 2, 2, 8, 8)), head_widths=(6144, 6400)),
+}
+
+PUBLISHED_ACCURACY: dict[str, tuple[float, float]] = {
+    "qtvit_1": (79.6, 94.7),
+    "qtvit_2": (82.5, 95.9),
+    "qtvit_3": (83.9, 96.7),
+    "qtvit_4": (84.7, 96.7),
+    "qtvit_5": (85.2, 97.0),
+    "qtvit_6": (86.0, 97.3),
+}
+"""ImageNet-1k top-1 and top-5 in percent at 224 px that the paper reports (Table 1); not reproduced here."""
+
+
+def _cfg(side: int = 224, stride: int = 32, num_classes: int = 1000, crop_pct: float = 1.0) -> dict[str, Any]:
+    return {
+        "url": "",
+        "num_classes": num_classes,
+        "input_size": (3, side, side),
+        "pool_size": (side // stride, side // stride),
+        "crop_pct": crop_pct,
+        "interpolation": "bicubic",
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+        "first_conv": "stages.0.0.conv",
+        "classifier": "head.classifier",
+        "license": "apache-2.0",
+    }
+
+
+default_cfgs = generate_default_cfgs(
+    {
+        "qtvit_nano": _cfg(32, 4, num_classes=10),
+        "qtvit_0": _cfg(crop_pct=0.95),
+        "qtvit_1": _cfg(crop_pct=0.95),
+        **{f"qtvit_{i}": _cfg() for i in range(2, 7)},
+    }
+)
+
+
+def _create_qtvit(variant: str, pretrained: bool, **kwargs: Any) -> QTViT:
+    cfg = ARCHITECTURES[variant]
+    return build_model_with_cfg(
+        QTViT,
+        variant,
+        pretrained,
+        model_cfg=cfg,
+        feature_cfg={"out_indices": tuple(range(len(cfg.stages))), "flatten_sequential": True},
+        pretrained_filter_fn=checkpoint_filter_fn,
+        **kwargs,
+    )
+
+
+@register_model
+def qtvit_nano(pretrained: bool = False, **kwargs: Any) -> QTViT:
+    """For images of 32 to 64 px; not in the paper."""
+    return _create_qtvit("qtvit_nano", pretrained, **kwargs)
+
+
+@register_model
+def qtvit_0(pretrained: bool = False, **kwargs: Any) -> QTViT:
+    """EfficientViT-B0's size; not in the paper."""
+    return _create_qtvit("qtvit_0", pretrained, **kwargs)
+
+
+@register_model
+def qtvit_1(pretrained: bool = False, **kwargs: Any) -> QTViT:
+    """QT-ViT-1, EfficientViT-B1's size."""
+    return _create_qtvit("qtvit_1", pretrained, **kwargs)
+
+
+@register_model
+def qtvit_2(pretrained: bool = False, **kwargs: Any) -> QTViT:
+    """QT-ViT-2, EfficientViT-B2's size."""
+    return _create_qtvit("qtvit_2", pretrained, **kwargs)
+
+
+@register_model
+def qtvit_3(pretrained: bool = False, **kwargs: Any) -> QTViT:
+    """QT-ViT-3, EfficientViT-B3's size."""
+    return _create_qtvit("qtvit_3", pretrained, **kwargs)
+
+
+@register_model
+def qtvit_4(pretrained: bool = False, **kwargs: Any) -> QTViT:
+    """QT-ViT-4, EfficientViT-L1's size."""
+    return _create_qtvit("qtvit_4", pretrained, **kwargs)
+
+
+@register_model
+def qtvit_5(pretrained: bool = False, **kwargs: Any) -> QTViT:
+    """QT-ViT-5, EfficientViT-L2's size."""
+    return _create_qtvit("qtvit_5", pretrained, **kwargs)
+
+
+@register_model
+def qtvit_6(pretrained: bool = False, **kwargs: Any) -> QTViT:
+    """QT-ViT-6, EfficientViT-L3's size."""
+    return _create_qtvit("qtvit_6", pretrained, **kwargs)

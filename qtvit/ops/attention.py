@@ -1,0 +1,88 @@
+"""Linear attention: O(N) in the number of tokens, in both layouts.
+
+Shapes: B batch, D channels per head of q and k, E channels per head of v, N query tokens, M key tokens, F features.
+"""
+
+import contextlib
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from .kernels import EPS, KERNELS, Kernel
+
+
+def get_kernel(name: str) -> Kernel:
+    """The kernel of that name; ValueError with the known names if there is none."""
+    if name not in KERNELS:
+        raise ValueError(f"unknown kernel {name!r}; known: {', '.join(sorted(KERNELS))}")
+    return KERNELS[name]
+
+
+def linear_attention(
+    q: Tensor, k: Tensor, v: Tensor, kernel: str = "taylor2", scalars: Mapping[str, Tensor | float] | None = None
+) -> Tensor:
+    """Linear attention in the layout of ``torch.nn.functional.scaled_dot_product_attention``.
+
+    O_i = Σ_j w_ij v_j / Σ_j w_ij (paper, eq. 3) with w_ij = <φ_q(q_i), φ_k(k_j)>, in O(N + M) time and memory. Takes fp32,
+    bf16 and fp16 with or without autocast: norms, sums over tokens and the division run in fp32.
+
+    Args:
+        q: (B, heads, N, D).
+        k: (B, heads, M, D).
+        v: (B, heads, M, E).
+        kernel: a name in ``qtvit.ops.KERNELS``.
+        scalars: values of the kernel's learnable scalars; those left out keep their initial values.
+
+    Returns:
+        (B, heads, N, E) in the dtype of v.
+
+    Raises:
+        ValueError: shapes that do not fit together, an unknown kernel or scalar.
+    """
+    return linear_attention_cf(q.mT, k.mT, v.mT, kernel, scalars).mT
+
+
+def linear_attention_cf(
+    q: Tensor, k: Tensor, v: Tensor, kernel: str = "taylor2", scalars: Mapping[str, Tensor | float] | None = None
+) -> Tensor:
+    """`linear_attention` channels-first: q (B, heads, D, N), k (B, heads, D, M), v (B, heads, E, M) -> (B, heads, E, N)."""
+    check_shapes(q, k, v)
+    spec = get_kernel(kernel)
+    with _no_autocast(q.device.type):
+        f_q, f_k, const = spec.features(q.float(), k.float(), **resolve_scalars(spec, scalars, q))
+        values = v.float()
+        # w_ij = <f_q_i, f_k_j> + const, summed over j before it meets the query: nothing here is N x M.
+        numerator = (values @ f_k.mT) @ f_q + const * values.sum(-1, keepdim=True)
+        if not spec.normalized:
+            return numerator.to(v.dtype)
+        weight_sum = f_k.sum(-1, keepdim=True).mT @ f_q + const * k.shape[-1]
+        return (numerator / (weight_sum + EPS)).to(v.dtype)
+
+
+def resolve_scalars(kernel: Kernel, given: Mapping[str, Tensor | float] | None, like: Tensor) -> dict[str, Tensor]:
+    """The kernel's scalars as fp32 tensors on ``like``'s device, with initial values where none is given."""
+    given = given or {}
+    known = (*kernel.scalars, *kernel.optional_scalars)
+    for name in given:
+        if name not in known:
+            raise ValueError(f"unknown kernel scalar {name!r}; this kernel takes: {', '.join(known) or 'none'}")
+    return {
+        name: torch.as_tensor(value, device=like.device).float() for name, value in {**kernel.scalars, **given}.items()
+    }
+
+
+def check_shapes(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """ValueError unless q (B, heads, D, N), k (B, heads, D, M) and v (B, heads, E, M) belong together."""
+    if not (q.ndim == k.ndim == v.ndim == 4):
+        raise ValueError(f"q, k, v need four dimensions, got {q.ndim}, {k.ndim}, {v.ndim}")
+    if q.shape[:3] != k.shape[:3]:
+        raise ValueError(f"q and k differ in batch, heads or channels per head: {(*q.shape,)} and {(*k.shape,)}")
+    if k.shape[:2] != v.shape[:2] or k.shape[3] != v.shape[3]:
+        raise ValueError(f"k and v differ in batch, heads or tokens: {(*k.shape,)} and {(*v.shape,)}")
+
+
+def _no_autocast(device_type: str) -> contextlib.AbstractContextManager[object]:
+    if torch.amp.is_autocast_available(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return contextlib.nullcontext()

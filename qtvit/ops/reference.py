@@ -1,0 +1,72 @@
+"""The same attention with its N x M weights written out: slow, obvious, and what the fast form is tested against.
+
+Everything here is in the layout (B, heads, N, D) and in the dtype of its input; pass float64 for a reference.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .kernels import EPS
+
+
+def exp_taylor2(s: Tensor) -> Tensor:
+    """Second-order Taylor expansion of exp(s), 1 + s + s²/2 = ½(s + 1)² + ½ (eq. 4); positive for every s."""
+    return (s + 1).square() / 2 + 0.5
+
+
+def kronecker_features(x: Tensor) -> Tensor:
+    """φ(x) of eq. 8 with all (D + 1)² products: <φ(q), φ(k)> = exp_taylor2(<q, k>/√D) exactly. (..., D) -> (..., (D+1)²+1)."""
+    extended = torch.cat([x / x.shape[-1] ** 0.25, torch.ones_like(x[..., :1])], -1)
+    products = (extended.unsqueeze(-1) * extended.unsqueeze(-2)).flatten(-2)
+    return torch.cat([products, torch.ones_like(x[..., :1])], -1) / 2**0.5
+
+
+def symmetric_features(x: Tensor) -> Tensor:
+    """`kronecker_features` without the duplicates x_i x_j = x_j x_i: off-diagonal products once, scaled by √2.
+
+    (..., D) -> (..., (D+1)(D+2)/2 + 1), of which D(D+1)/2 are quadratic in x.
+    """
+    extended = torch.cat([x / x.shape[-1] ** 0.25, torch.ones_like(x[..., :1])], -1)
+    rows, cols = torch.triu_indices(extended.shape[-1], extended.shape[-1], device=x.device)
+    scale = torch.where(rows == cols, 1.0, 2**0.5).to(x.dtype)
+    products = extended[..., rows] * extended[..., cols] * scale
+    return torch.cat([products, torch.ones_like(x[..., :1])], -1) / 2**0.5
+
+
+def taylor2_weights(q: Tensor, k: Tensor, c: float | Tensor = 1.0) -> Tensor:
+    """w_ij = <q_i²/‖q_i²‖, k_j²/‖k_j²‖> + c², the released form."""
+
+    def unit(x: Tensor) -> Tensor:
+        length = x.norm(dim=-1, keepdim=True)
+        square = (x / torch.where(length > 0, length, 1)).square()
+        square_length = square.norm(dim=-1, keepdim=True)
+        return square / torch.where(square_length > 0, square_length, 1)
+
+    return unit(q) @ unit(k).mT + c**2
+
+
+def taylor2_paper_weights(
+    q: Tensor, k: Tensor, alpha: float | Tensor = 1.0, gamma: float | Tensor = 1.0, beta: float | Tensor = 0.0
+) -> Tensor:
+    """w_ij = <φ(q_i), φ(k_j)> with φ of eq. 11 written out, constant features and all."""
+
+    def phi(x: Tensor) -> Tensor:
+        one = torch.ones_like(x[..., :1])
+        compact = torch.cat([alpha * x.square(), beta * (4 / x.shape[-1]) ** 0.25 * x, gamma * one], -1)
+        return torch.cat([compact / 2**0.5, one / 2**0.5], -1)
+
+    return phi(q) @ phi(k).mT
+
+
+REFERENCE_WEIGHTS: dict[str, Callable[..., Tensor]] = {
+    "taylor2": taylor2_weights,
+    "taylor2_paper": taylor2_paper_weights,
+}
+
+
+def reference_attention(q: Tensor, k: Tensor, v: Tensor, kernel: str = "taylor2", **scalars: float | Tensor) -> Tensor:
+    """O_i = Σ_j w_ij v_j / Σ_j w_ij with the N x M weights formed. Shapes as in `qtvit.ops.linear_attention`."""
+    weights = REFERENCE_WEIGHTS[kernel](q, k, **scalars)
+    return weights @ v / (weights.sum(-1, keepdim=True) + EPS)
