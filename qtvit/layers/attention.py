@@ -1,6 +1,7 @@
 """Multi-scale Taylor attention, the module that QT-ViT puts in place of EfficientViT's ReLU linear attention.
 
-Shapes: B batch, C channels, H x W the feature map, N = H·W tokens, D channels per head, S = 2 scales, heads = C // D per scale.
+Shapes: B batch, C channels, H x W the feature map, N = H·W tokens, D channels per head, S = 2 scales, heads = C // D
+per scale.
 """
 
 import torch
@@ -13,7 +14,8 @@ from .conv import ConvNormAct
 
 
 class MultiScaleAttention(nn.Module):
-    """Linear attention over tokens at two scales, with a positional map on the keys and a non-linear shortcut on the values.
+    """Linear attention over tokens at two scales, with a positional map on the keys and a non-linear shortcut on the
+    values.
 
     Args:
         chans: C, in and out; a multiple of ``head_dim``.
@@ -49,7 +51,7 @@ class MultiScaleAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.multi_scale_qkv(x)
         k = k + self.position(x.shape[-2:]).to(k.dtype)
-        out = linear_attention_cf(q, k, v, self.kernel, self.scalars)
+        out = linear_attention_cf(q, k, v, self.kernel, dict(self.scalars.items()))
         out = out + self.shortcut(v)
         return self.proj(out.flatten(1, 2).unflatten(-1, x.shape[-2:]))
 

@@ -1,7 +1,8 @@
 """The convolutional blocks of EfficientViT's two families.
 
 Each block maps (B, in_chans, H, W) to (B, out_chans, ceil(H / stride), ceil(W / stride)) and ends in a norm without
-activation: residual sums are not activated. "Fewer norm" blocks (``fewer_norm=True``) have a bias in place of the inner norms.
+activation: residual sums are not activated. "Fewer norm" blocks (``fewer_norm=True``) have a bias in place of the
+inner norms.
 """
 
 from functools import partial
@@ -11,7 +12,9 @@ from torch import Tensor, nn
 
 
 class ConvNormAct(nn.Sequential):
-    """Convolution with "same" padding, then BatchNorm (or a bias, if ``norm_eps`` is None), then the activation (if any)."""
+    """Convolution with "same" padding, then BatchNorm (or a bias, if ``norm_eps`` is None), then the activation (if
+    any).
+    """
 
     def __init__(
         self,
@@ -26,9 +29,7 @@ class ConvNormAct(nn.Sequential):
     ) -> None:
         super().__init__()
         padding = kernel_size // 2
-        self.conv = nn.Conv2d(
-            in_chans, out_chans, kernel_size, stride, padding, groups=groups, bias=norm_eps is None
-        )
+        self.conv = nn.Conv2d(in_chans, out_chans, kernel_size, stride, padding, groups=groups, bias=norm_eps is None)
         if norm_eps is not None:
             self.norm = nn.BatchNorm2d(out_chans, eps=norm_eps)
         if act is not None:

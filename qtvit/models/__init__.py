@@ -1,5 +1,15 @@
 """The network and its variants; importing this registers them with timm."""
 
+from .build import ModelCost, build_model, model_cost
 from .qtvit import ARCHITECTURES, PUBLISHED_ACCURACY, Architecture, QTViT, Stage
 
-__all__ = ["ARCHITECTURES", "PUBLISHED_ACCURACY", "Architecture", "QTViT", "Stage"]
+__all__ = [
+    "ARCHITECTURES",
+    "PUBLISHED_ACCURACY",
+    "Architecture",
+    "ModelCost",
+    "QTViT",
+    "Stage",
+    "build_model",
+    "model_cost",
+]

@@ -1,7 +1,8 @@
 """QT-ViT: EfficientViT's architecture with quadratic-Taylor linear attention.
 
-"QT-ViT: Improving Linear Attention in ViT with Quadratic Taylor Expansion", Xu et al., NeurIPS 2024; the macro design is
-that of "EfficientViT: Multi-Scale Linear Attention for High-Resolution Dense Prediction", Cai et al., ICCV 2023.
+"QT-ViT: Improving Linear Attention in ViT with Quadratic Taylor Expansion", Xu et al., NeurIPS 2024; the macro
+design is that of "EfficientViT: Multi-Scale Linear Attention for High-Resolution Dense Prediction", Cai et al., ICCV
+2023.
 
 Shapes: B batch, C channels, H x W image or feature map. The network takes any H x W, square or not.
 """
@@ -71,7 +72,9 @@ class Architecture:
 class AttentionBlock(nn.Module):
     """Attention for context, then an MBConv for local detail; both residual, neither pre-normed."""
 
-    def __init__(self, attn: nn.Module, local: nn.Module, attn_drop_path: nn.Module, local_drop_path: nn.Module) -> None:
+    def __init__(
+        self, attn: nn.Module, local: nn.Module, attn_drop_path: nn.Module, local_drop_path: nn.Module
+    ) -> None:
         super().__init__()
         self.attn = attn
         self.attn_drop_path = attn_drop_path
@@ -168,8 +171,9 @@ class QTViT(nn.Module):
         chans, reduction = in_chans, 1
         for i, stage in enumerate(cfg.stages):
             reduction *= stage.stride
-            map_size = tuple(-(-side // reduction) for side in self.img_size)
-            self.stages.append(_build_stage(stage, chans, cfg, map_size, kernel, drop_paths))
+            map_size = (-(-self.img_size[0] // reduction), -(-self.img_size[1] // reduction))
+            blocks = [_residual_block(stage, cfg, map_size, kernel, drop_paths) for _ in range(stage.depth)]
+            self.stages.append(nn.Sequential(_first_block(stage, chans, cfg), *blocks))
             chans = stage.width
             self.feature_info.append({"num_chs": chans, "reduction": reduction, "module": f"stages.{i}"})
 
@@ -188,20 +192,17 @@ class QTViT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Truncated normal 0.02 for convolutions and linear layers; every residual branch starts silent (last norm at 0)."""
+        """Truncated normal 0.02 for convolutions and linear layers; every residual branch starts silent (last norm
+        at 0).
+        """
         for module in self.modules():
             if isinstance(module, (nn.Conv2d, nn.Linear)):
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-        for module in self.modules():
-            branches = (
-                [module.main] if isinstance(module, Residual)
-                else [module.attn, module.local] if isinstance(module, AttentionBlock)
-                else []
-            )  # fmt: skip
-            for branch in branches:
-                last_norm = [m for m in branch.modules() if isinstance(m, nn.BatchNorm2d)][-1]
+        for name, module in self.named_modules():
+            if name.endswith((".main", ".attn", ".local")):  # the residual branches
+                last_norm = [m for m in module.modules() if isinstance(m, nn.BatchNorm2d)][-1]
                 nn.init.zeros_(last_norm.weight)
 
     def forward_features(self, x: Tensor) -> Tensor:
@@ -222,7 +223,7 @@ class QTViT(nn.Module):
     def forward_intermediates(
         self,
         x: Tensor,
-        indices: int | Sequence[int] | None = None,
+        indices: int | list[int] | None = None,
         norm: bool = False,
         stop_early: bool = False,
         output_fmt: str = "NCHW",
@@ -249,7 +250,7 @@ class QTViT(nn.Module):
         return intermediates if intermediates_only else (x, intermediates)
 
     def prune_intermediate_layers(
-        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
         """Drop the stages (and the head) that `forward_intermediates` with ``indices`` does not need."""
         take_indices, max_index = feature_take_indices(len(self.stages), indices)
@@ -267,6 +268,15 @@ class QTViT(nn.Module):
         if global_pool is not None:
             self.global_pool = global_pool
         self.head.reset(num_classes, global_pool)
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """Parameters that the paper's recipe does not decay: those with "norm" or "bias" in their *released* name.
+
+        So the shortcut's BatchNorm weight, the kernel's scalars and the positional maps are decayed.
+        """
+        names = [name for name, _ in self.named_parameters()]
+        return {name for name in names if re.search("norm|bias", released_name(name, self.cfg))}
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
@@ -287,43 +297,45 @@ def _drop_paths(stages: Sequence[Stage], rate: float) -> Iterator[nn.Module]:
     return (DropPath(rate * (i + 1) / num_units) if rate else nn.Identity() for i in range(num_units))
 
 
-def _build_stage(
-    stage: Stage,
-    in_chans: int,
-    cfg: Architecture,
-    map_size: tuple[int, ...],
-    kernel: str,
-    drop_paths: Iterator[nn.Module],
-) -> nn.Sequential:
-    common = {"norm_eps": cfg.norm_eps, "act": cfg.act}
+def _first_block(stage: Stage, in_chans: int, cfg: Architecture) -> nn.Module:
+    common: dict[str, Any] = {"stride": stage.stride, "norm_eps": cfg.norm_eps, "act": cfg.act}
+    match stage.first:
+        case "conv":
+            return ConvNormAct(in_chans, stage.width, 3, **common)
+        case "mb":
+            return MBConv(in_chans, stage.width, expand=stage.first_expand, fewer_norm=stage.fewer_norm, **common)
+        case "fused":
+            return FusedMBConv(in_chans, stage.width, expand=stage.first_expand, **common)
+
+
+def _residual_block(
+    stage: Stage, cfg: Architecture, map_size: tuple[int, int], kernel: str, drop_paths: Iterator[nn.Module]
+) -> nn.Module:
     width = stage.width
-    mb = partial(MBConv, fewer_norm=stage.fewer_norm, **common)
-    first = {
-        "conv": partial(ConvNormAct, kernel_size=3, **common),
-        "mb": partial(mb, expand=stage.first_expand),
-        "fused": partial(FusedMBConv, expand=stage.first_expand, **common),
-    }[stage.first]
-
-    def attention_block() -> nn.Module:
-        attn = MultiScaleAttention(
-            width, head_dim=cfg.head_dim, map_size=map_size, kernel=kernel, norm_eps=cfg.norm_eps
-        )
-        return AttentionBlock(attn, mb(width, width, expand=stage.expand), next(drop_paths), next(drop_paths))
-
-    block = {
-        "ds": lambda: Residual(DSConv(width, width, **common), nn.Identity()),
-        "pair": lambda: Residual(ConvPair(width, width, **common), next(drop_paths)),
-        "mb": lambda: Residual(mb(width, width, expand=stage.expand), next(drop_paths)),
-        "fused": lambda: Residual(FusedMBConv(width, width, expand=stage.expand, **common), next(drop_paths)),
-        "attn": attention_block,
-    }[stage.block]
-    return nn.Sequential(first(in_chans, width, stride=stage.stride), *(block() for _ in range(stage.depth)))
+    common: dict[str, Any] = {"norm_eps": cfg.norm_eps, "act": cfg.act}
+    match stage.block:
+        case "ds":
+            return Residual(DSConv(width, width, **common), nn.Identity())
+        case "pair":
+            return Residual(ConvPair(width, width, **common), next(drop_paths))
+        case "mb":
+            mbconv = MBConv(width, width, expand=stage.expand, fewer_norm=stage.fewer_norm, **common)
+            return Residual(mbconv, next(drop_paths))
+        case "fused":
+            return Residual(FusedMBConv(width, width, expand=stage.expand, **common), next(drop_paths))
+        case "attn":
+            attn = MultiScaleAttention(
+                width, head_dim=cfg.head_dim, map_size=map_size, kernel=kernel, norm_eps=cfg.norm_eps
+            )
+            local = MBConv(width, width, expand=stage.expand, fewer_norm=stage.fewer_norm, **common)
+            return AttentionBlock(attn, local, next(drop_paths), next(drop_paths))
 
 
 # Released checkpoints
 
 _ATTENTION_NAMES = {
     "scalars.c": "ones_scale1",
+    "scalars.": "scalars.",  # of kernels that were not released
     "pos_embed": "positional_encoding",
     "qkv.": "qkv.conv.",
     "aggregate.": "aggreg.0.",
@@ -372,7 +384,7 @@ def _replace_prefix(name: str, table: Mapping[str, str]) -> str:
 def checkpoint_filter_fn(state_dict: dict[str, Any], model: QTViT) -> dict[str, Tensor]:
     """A state dict with our names from one with ours or with the release's; names that are neither stay as they are."""
     state_dict = state_dict.get("state_dict", state_dict)
-    ours = {released_name(key, model.cfg): key for key in model.state_dict() if model.kernel == "taylor2"}
+    ours = {released_name(key, model.cfg): key for key in model.state_dict()}
     return {ours.get(key, key): value for key, value in state_dict.items()}
 
 
@@ -408,11 +420,11 @@ ARCHITECTURES: dict[str, Architecture] = {
     "qtvit_nano": Architecture(
         (
             Stage(16, 1, "ds", first="conv", stride=1),
-            Stage(48, 2, "attn", fewer_norm=True),
-            Stage(96, 2, "attn", fewer_norm=True),
+            Stage(48, 2, "attn", expand=3, fewer_norm=True),
+            Stage(96, 2, "attn", expand=3, fewer_norm=True),
         ),
         head_dim=16,
-        head_widths=(192, 192),
+        head_widths=(128, 128),
         img_size=32,
     ),
     "qtvit_0": Architecture(_family_b((8, 16, 32, 64, 128), (1, 2, 2, 2, 2)), 16, (1024, 1280)),

@@ -5,9 +5,12 @@ Shapes: B batch, D channels per head of q and k, E channels per head of v, N que
 
 import contextlib
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from qtvit.errors import unknown_name
 
 from .kernels import EPS, KERNELS, Kernel
 
@@ -15,7 +18,7 @@ from .kernels import EPS, KERNELS, Kernel
 def get_kernel(name: str) -> Kernel:
     """The kernel of that name; ValueError with the known names if there is none."""
     if name not in KERNELS:
-        raise ValueError(f"unknown kernel {name!r}; known: {', '.join(sorted(KERNELS))}")
+        raise unknown_name("kernel", name, KERNELS)
     return KERNELS[name]
 
 
@@ -24,8 +27,8 @@ def linear_attention(
 ) -> Tensor:
     """Linear attention in the layout of ``torch.nn.functional.scaled_dot_product_attention``.
 
-    O_i = Σ_j w_ij v_j / Σ_j w_ij (paper, eq. 3) with w_ij = <φ_q(q_i), φ_k(k_j)>, in O(N + M) time and memory. Takes fp32,
-    bf16 and fp16 with or without autocast: norms, sums over tokens and the division run in fp32.
+    O_i = Σ_j w_ij v_j / Σ_j w_ij (paper, eq. 3) with w_ij = <φ_q(q_i), φ_k(k_j)>, in O(N + M) time and memory. Takes
+    fp32, bf16 and fp16 with or without autocast: norms, sums over tokens and the division run in fp32.
 
     Args:
         q: (B, heads, N, D).
@@ -46,11 +49,13 @@ def linear_attention(
 def linear_attention_cf(
     q: Tensor, k: Tensor, v: Tensor, kernel: str = "taylor2", scalars: Mapping[str, Tensor | float] | None = None
 ) -> Tensor:
-    """`linear_attention` channels-first: q (B, heads, D, N), k (B, heads, D, M), v (B, heads, E, M) -> (B, heads, E, N)."""
+    """`linear_attention` channels-first: q (B, heads, D, N), k (B, heads, D, M), v (B, heads, E, M) -> (B, heads, E,
+    N).
+    """
     check_shapes(q, k, v)
     spec = get_kernel(kernel)
     with _no_autocast(q.device.type):
-        f_q, f_k, const = spec.features(q.float(), k.float(), **resolve_scalars(spec, scalars, q))
+        f_q, f_k, const = spec.features(_to_fp32(q), _to_fp32(k), **resolve_scalars(spec, scalars, q))
         values = v.float()
         # w_ij = <f_q_i, f_k_j> + const, summed over j before it meets the query: nothing here is N x M.
         numerator = (values @ f_k.mT) @ f_q + const * values.sum(-1, keepdim=True)
@@ -66,7 +71,7 @@ def resolve_scalars(kernel: Kernel, given: Mapping[str, Tensor | float] | None, 
     known = (*kernel.scalars, *kernel.optional_scalars)
     for name in given:
         if name not in known:
-            raise ValueError(f"unknown kernel scalar {name!r}; this kernel takes: {', '.join(known) or 'none'}")
+            raise unknown_name("kernel scalar", name, known)
     return {
         name: torch.as_tensor(value, device=like.device).float() for name, value in {**kernel.scalars, **given}.items()
     }
@@ -80,6 +85,26 @@ def check_shapes(q: Tensor, k: Tensor, v: Tensor) -> None:
         raise ValueError(f"q and k differ in batch, heads or channels per head: {(*q.shape,)} and {(*k.shape,)}")
     if k.shape[:2] != v.shape[:2] or k.shape[3] != v.shape[3]:
         raise ValueError(f"k and v differ in batch, heads or tokens: {(*k.shape,)} and {(*v.shape,)}")
+
+
+def _to_fp32(x: Tensor) -> Tensor:
+    return _SaturatingCast.apply(x) if x.dtype == torch.float16 and x.requires_grad else x.float()
+
+
+class _SaturatingCast(torch.autograd.Function):
+    """fp16 -> fp32 whose gradient saturates at fp16's largest number instead of turning infinite.
+
+    The gradient of a kernel that ignores the length of its input, as u(x) does, grows as 1/‖x‖.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.float()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        largest = torch.finfo(torch.float16).max
+        return grad.clamp(-largest, largest).half()
 
 
 def _no_autocast(device_type: str) -> contextlib.AbstractContextManager[object]:

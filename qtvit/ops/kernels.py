@@ -1,10 +1,12 @@
 """The similarity kernels: what stands in for ``exp(<q, k>)`` in linear attention.
 
-A kernel writes the weight of a pair of tokens as ``w_ij = <f_q(q_i), f_k(k_j)> + const``: a pair of feature maps, plus the
-product of the constant features that the paper appends to them (the ``c`` of ``[u(x), c]``, the ``1/sqrt(2)`` of eq. 11).
-Keeping that product as one number instead of a row of features saves a copy of q and k; the weights are the same.
+A kernel writes the weight of a pair of tokens as ``w_ij = <f_q(q_i), f_k(k_j)> + const``: a pair of feature maps,
+plus the product of the constant features that the paper appends to them (the ``c`` of ``[u(x), c]``, the
+``1/sqrt(2)`` of eq. 11). Keeping that product as one number instead of a row of features saves a copy of q and k;
+the weights are the same.
 
-Shapes: B batch, D channels per head, N tokens, F features per head; all channels-first, (B, heads, D, N) -> (B, heads, F, N).
+Shapes: B batch, D channels per head, N tokens, F features per head; all channels-first, (B, heads, D, N) -> (B,
+heads, F, N).
 """
 
 from collections.abc import Callable, Mapping
@@ -39,8 +41,8 @@ class Kernel:
 def unit_square(x: Tensor) -> Tensor:
     """u(x) = x² / ‖x²‖₂ over D (dim -2), the normalised self terms of the released code.
 
-    u does not depend on the length of x, so x is divided by its largest entry first (a constant as far as the gradient is
-    concerned). The squares then neither overflow nor underflow, and u(0) = 0.
+    u does not depend on the length of x, so x is divided by its largest entry first (a constant as far as the
+    gradient is concerned). The squares then neither overflow nor underflow, and u(0) = 0.
     """
     largest = x.detach().abs().amax(-2, keepdim=True).clamp_min(EPS)
     square = (x / largest).square()
@@ -55,8 +57,8 @@ def taylor2(q: Tensor, k: Tensor, c: Tensor) -> Features:
 def taylor2_paper(q: Tensor, k: Tensor, alpha: Tensor, gamma: Tensor, beta: Tensor | None = None) -> Features:
     """The compact quadratic Taylor kernel of eq. 11: φ(x) = [α·x², β·(4/d)^¼·x, γ, 1] / √2.
 
-    So w = ½·(α²·<q², k²> + β²·(2/√d)·<q, k> + γ² + 1), never negative for β = 0, which is what the paper's experiments use
-    (``beta=None`` leaves those features out).
+    So w = ½·(α²·<q², k²> + β²·(2/√d)·<q, k> + γ² + 1), never negative for β = 0, which is what the paper's
+    experiments use (``beta=None`` leaves those features out).
     """
     f_q, f_k = alpha.square() / 2 * q.square(), k.square()
     if beta is not None:

@@ -17,7 +17,9 @@ def exp_taylor2(s: Tensor) -> Tensor:
 
 
 def kronecker_features(x: Tensor) -> Tensor:
-    """φ(x) of eq. 8 with all (D + 1)² products: <φ(q), φ(k)> = exp_taylor2(<q, k>/√D) exactly. (..., D) -> (..., (D+1)²+1)."""
+    """φ(x) of eq. 8 with all (D + 1)² products: <φ(q), φ(k)> = exp_taylor2(<q, k>/√D) exactly. (..., D) -> (...,
+    (D+1)²+1).
+    """
     extended = torch.cat([x / x.shape[-1] ** 0.25, torch.ones_like(x[..., :1])], -1)
     products = (extended.unsqueeze(-1) * extended.unsqueeze(-2)).flatten(-2)
     return torch.cat([products, torch.ones_like(x[..., :1])], -1) / 2**0.5

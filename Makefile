@@ -1,0 +1,25 @@
+# Everything lives in .venv; nothing needs to be activated.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: quickstart test lint types clean
+
+quickstart: .venv/train.stamp  ## train the smallest model on built-in digits
+	$(BIN)/qtvit quickstart
+
+test: .venv/dev.stamp  ## run the tests
+	$(BIN)/pytest
+
+lint: .venv/dev.stamp  ## style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf .venv build dist *.egg-info
+
+.venv/%.stamp: pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit("qtvit needs Python 3.10 or newer; try make PYTHON=python3.12") if sys.version_info < (3, 10) else None'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[$*]'
+	touch $@

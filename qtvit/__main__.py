@@ -1,0 +1,7 @@
+"""``python -m qtvit``."""
+
+import sys
+
+from qtvit_cli import main
+
+sys.exit(main())

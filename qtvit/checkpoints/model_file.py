@@ -1,0 +1,94 @@
+"""The model file: weights as safetensors, and in its metadata all that is needed to use them."""
+
+import dataclasses
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+import qtvit
+from qtvit.models import build_model
+
+METADATA_KEY = "qtvit"
+BEST = "best.safetensors"
+"""Name of the model file in a run folder."""
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What a model file says of its model.
+
+    Attributes:
+        model: name, as for ``timm.create_model``.
+        model_args: the arguments it was built with.
+        classes: names in the order of the outputs.
+        preprocess: fields of ``qtvit.data.Preprocess``.
+        metrics: scores on the held-out images.
+        split: what it was trained on and how images were held out: ``data``, ``seed``, ``val_fraction``.
+        task: "classify".
+        version: of the qtvit that wrote it.
+    """
+
+    model: str
+    model_args: dict[str, Any]
+    classes: list[str]
+    preprocess: dict[str, Any]
+    metrics: dict[str, float] = field(default_factory=dict)
+    split: dict[str, Any] = field(default_factory=dict)
+    task: str = "classify"
+    version: str = ""
+
+
+def save_model(path: Path, state_dict: dict[str, Tensor], info: ModelInfo) -> None:
+    """Write the model file in one step: a crash leaves the old file or the new one."""
+    info = dataclasses.replace(info, version=qtvit.__version__)
+    temporary = path.with_name(f".{path.name}.tmp")
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state_dict.items()}
+    save_file(tensors, temporary, metadata={METADATA_KEY: json.dumps(dataclasses.asdict(info))})
+    os.replace(temporary, path)
+
+
+def load_model(path: str | Path) -> tuple[nn.Module, ModelInfo]:
+    """The model in ``path``, a model file or a run folder, in evaluation mode on the CPU.
+
+    Raises:
+        FileNotFoundError: there is no such file, or no model file in the run folder.
+        ValueError: it is no model file of ours, or its weights do not fit its model.
+    """
+    path = Path(path)
+    if path.is_dir():
+        if not (path / BEST).is_file():
+            raise FileNotFoundError(
+                f"{path}: no {BEST} in this folder, so it is not a run folder, or its run has saved nothing yet"
+            )
+        path = path / BEST
+    state_dict, info = read_model_file(path)
+    model = build_model(info.model, **info.model_args)
+    try:
+        model.load_state_dict(state_dict)
+    except RuntimeError as error:
+        first, *more = str(error).splitlines()[1:]
+        raise ValueError(f"{path}: its weights do not fit {info.model}: {first.strip()} ({len(more)} more)") from error
+    return model.eval(), info
+
+
+def read_model_file(path: Path) -> tuple[dict[str, Tensor], ModelInfo]:
+    """The state dict and the description in a model file, without building the model."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such run folder or model file")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = (file.metadata() or {}).get(METADATA_KEY)
+            state_dict = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+    except SafetensorError as error:
+        raise ValueError(f"{path}: not a safetensors file ({error})") from error
+    if metadata is None:
+        raise ValueError(
+            f"{path}: a safetensors file, but not one that `qtvit train` wrote (no '{METADATA_KEY}' metadata)"
+        )
+    return state_dict, ModelInfo(**json.loads(metadata))

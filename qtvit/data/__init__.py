@@ -1,0 +1,18 @@
+"""Reading images and labels, and turning them into the network's input."""
+
+from .classification import DIGITS, ImageDataset, LabelledImages, load_labelled_images, read_split
+from .images import ImageSource, find_images, open_image
+from .transforms import EvalTransform, Preprocess
+
+__all__ = [
+    "DIGITS",
+    "EvalTransform",
+    "ImageDataset",
+    "ImageSource",
+    "LabelledImages",
+    "Preprocess",
+    "find_images",
+    "load_labelled_images",
+    "open_image",
+    "read_split",
+]

@@ -1,0 +1,5 @@
+"""Using a trained model."""
+
+from .predictor import Prediction, Predictor
+
+__all__ = ["Prediction", "Predictor"]

@@ -1,0 +1,91 @@
+"""From pictures to labels."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import overload
+
+import torch
+from torch import nn
+
+from qtvit.checkpoints import ModelInfo, load_model
+from qtvit.data import ImageSource, Preprocess, open_image
+from qtvit.device import resolve_device
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The classes of one image, most probable first.
+
+    Attributes:
+        labels: class names.
+        probabilities: softmax outputs, in the same order.
+    """
+
+    labels: tuple[str, ...]
+    probabilities: tuple[float, ...]
+
+    @property
+    def label(self) -> str:
+        """The most probable class."""
+        return self.labels[0]
+
+    @property
+    def probability(self) -> float:
+        """The probability of `label`."""
+        return self.probabilities[0]
+
+    def __str__(self) -> str:
+        return ", ".join(f"{name} {p:.1%}" for name, p in zip(self.labels, self.probabilities, strict=True))
+
+
+class Predictor:
+    """A trained classifier with its classes and preprocessing.
+
+    Args:
+        model: the network.
+        info: its description.
+        device: see `qtvit.device.resolve_device`.
+    """
+
+    def __init__(self, model: nn.Module, info: ModelInfo, device: str = "auto") -> None:
+        self.device = resolve_device(device)
+        self.model = model.eval().to(self.device)
+        self.info = info
+        self.classes = info.classes
+        self.preprocess = Preprocess(**info.preprocess)
+
+    @classmethod
+    def load(cls, path: str | Path, device: str = "auto") -> "Predictor":
+        """The model of a run folder or model file; errors as `qtvit.checkpoints.load_model`."""
+        return cls(*load_model(path), device)
+
+    @overload
+    def predict(self, images: ImageSource, top_k: int = 5, batch_size: int = 32) -> Prediction: ...
+    @overload
+    def predict(
+        self, images: list[ImageSource] | list[str] | list[Path], top_k: int = 5, batch_size: int = 32
+    ) -> list[Prediction]: ...
+    def predict(
+        self, images: ImageSource | list[ImageSource] | list[str] | list[Path], top_k: int = 5, batch_size: int = 32
+    ) -> Prediction | list[Prediction]:
+        """The ``top_k`` most probable classes of an image, or of each image of a list.
+
+        Raises:
+            FileNotFoundError, ValueError: an image that is not there or cannot be read (see `qtvit.data.open_image`).
+        """
+        if isinstance(images, list):
+            return list(self.iter_predict(images, top_k, batch_size))
+        return next(self.iter_predict([images], top_k))
+
+    @torch.inference_mode()
+    def iter_predict(self, images: Sequence[ImageSource], top_k: int = 5, batch_size: int = 32) -> Iterator[Prediction]:
+        """As `predict`, one result at a time."""
+        transform = self.preprocess.transform()
+        for start in range(0, len(images), batch_size):
+            batch = images[start : start + batch_size]
+            pixels = torch.stack([transform(open_image(image)) for image in batch]).to(self.device)
+            probabilities = self.model(pixels).float().softmax(-1).cpu()
+            top = probabilities.topk(min(top_k, len(self.classes)))
+            for values, indices in zip(top.values.tolist(), top.indices.tolist(), strict=True):
+                yield Prediction(tuple(self.classes[i] for i in indices), tuple(values))

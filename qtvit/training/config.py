@@ -1,0 +1,233 @@
+"""What a training run is made of, and its command-line and YAML form.
+
+A value comes from the command line, else from the recipe, else from the default here. All three are checked against
+these dataclasses; a name that does not exist is an error.
+"""
+
+from __future__ import annotations
+
+import re
+from argparse import ArgumentParser as ArgumentParserBase
+from argparse import HelpFormatter
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from jsonargparse import ArgumentError, ArgumentParser
+
+from qtvit.errors import unknown_name
+
+
+@dataclass
+class OptimConfig:
+    """Optimiser, schedule and loss.
+
+    Args:
+        weight_decay: of AdamW; not applied to norms and biases.
+        betas: of AdamW.
+        warmup_epochs: epochs over which the learning rate rises linearly, the first of ``epochs``; then it falls
+            along a cosine.
+        grad_clip: largest absolute value of a gradient entry; null to not clip.
+        label_smoothing: probability mass spread over all classes.
+    """
+
+    weight_decay: float = 0.05
+    betas: tuple[float, float] = (0.9, 0.999)
+    warmup_epochs: float = 1.0
+    grad_clip: float | None = 2.0
+    label_smoothing: float = 0.1
+
+    def __post_init__(self) -> None:
+        _require(self.weight_decay >= 0, "optim.weight_decay", self.weight_decay, "0 or more")
+        _require(self.warmup_epochs >= 0, "optim.warmup_epochs", self.warmup_epochs, "0 or more")
+        _require(
+            self.grad_clip is None or self.grad_clip > 0, "optim.grad_clip", self.grad_clip, "more than 0, or null"
+        )
+        _require(0 <= self.label_smoothing < 1, "optim.label_smoothing", self.label_smoothing, "from 0 to below 1")
+
+
+@dataclass
+class AugmentConfig:
+    """Augmentation of training images (timm's transforms).
+
+    Args:
+        scale: smallest and largest part of the image's area in a random crop.
+        ratio: smallest and largest aspect ratio of that crop.
+        hflip: probability of a horizontal flip.
+        vflip: probability of a vertical flip.
+        color_jitter: strength of brightness, contrast and saturation jitter; without effect beside auto_augment.
+        auto_augment: timm's augmentation string, such as rand-m9-mstd0.5-inc1; null for none.
+        interpolation: of the resize (bilinear, bicubic, nearest, …), or random.
+        random_erasing: probability of erasing a rectangle.
+    """
+
+    scale: tuple[float, float] = (0.35, 1.0)
+    ratio: tuple[float, float] = (0.75, 1.3333)
+    hflip: float = 0.5
+    vflip: float = 0.0
+    color_jitter: float = 0.3
+    auto_augment: str | None = None
+    interpolation: str = "random"
+    random_erasing: float = 0.0
+
+    def __post_init__(self) -> None:
+        _require(0 < self.scale[0] <= self.scale[1] <= 1, "augment.scale", self.scale, "0 < min <= max <= 1")
+        _require(0 < self.ratio[0] <= self.ratio[1], "augment.ratio", self.ratio, "0 < min <= max")
+        for name in ("hflip", "vflip", "random_erasing"):
+            _require(0 <= getattr(self, name) <= 1, f"augment.{name}", getattr(self, name), "a probability from 0 to 1")
+
+
+@dataclass
+class TrainConfig:
+    """Train an image classifier.
+
+    Args:
+        data: folder with train/CLASS and val/CLASS (or CLASS alone, then a part is held out), or digits for the
+            built-in data.
+        model: qtvit_nano, qtvit_0 … qtvit_6 (see qtvit models), or any of timm's models.
+        img_size: side of the training and evaluation images, or HEIGHTxWIDTH such as 160x256; default: the model's own.
+        epochs: passes over the training images.
+        batch_size: images per step.
+        lr: peak learning rate.
+        checkpoint: run folder or model file to start from; default: random weights.
+        output: run folder to create; default: runs/MODEL-DATA, numbered when taken.
+        seed: of the split, the initial weights and the augmentation.
+        device: auto, cpu, cuda, cuda:1, mps.
+        precision: arithmetic of the training step.
+        num_workers: processes that load images; default: one per core less one, at most 8, and none for small data.
+        val_fraction: part of each class held out when the data has no val folder.
+        crop_pct: part of the image's shorter side that evaluation sees; default: the model's own.
+        model_args: further arguments of the model, such as {kernel: taylor2_paper, drop_path_rate: 0.1}.
+        optim: optimiser, schedule and loss.
+        augment: augmentation of training images.
+    """
+
+    data: str
+    model: str = "qtvit_1"
+    img_size: int | str | None = None
+    epochs: int = 100
+    batch_size: int = 64
+    lr: float = 1e-3
+    checkpoint: str | None = None
+    output: str | None = None
+    seed: int = 0
+    device: str = "auto"
+    precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
+    num_workers: int | None = None
+    val_fraction: float = 0.2
+    crop_pct: float | None = None
+    model_args: dict[str, Any] = field(default_factory=dict)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+
+    def __post_init__(self) -> None:
+        _require(self.epochs >= 1, "epochs", self.epochs, "1 or more")
+        _require(self.batch_size >= 1, "batch_size", self.batch_size, "1 or more")
+        _require(self.lr > 0, "lr", self.lr, "more than 0")
+        _require(0 < self.val_fraction < 1, "val_fraction", self.val_fraction, "between 0 and 1")
+        _require(self.crop_pct is None or 0 < self.crop_pct <= 1, "crop_pct", self.crop_pct, "above 0, at most 1")
+        _require(self.num_workers is None or self.num_workers >= 0, "num_workers", self.num_workers, "0 or more")
+        self.image_shape()
+
+    def image_shape(self) -> tuple[int, int] | None:
+        """``img_size`` as (H, W)."""
+        if self.img_size is None:
+            return None
+        match = re.fullmatch(r"(\d+)(?:x(\d+))?", str(self.img_size))
+        shape = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
+        _require(min(shape) > 0, "img_size", self.img_size, "a side such as 224, or HEIGHTxWIDTH such as 160x256")
+        return shape
+
+
+def parse_config(argv: list[str]) -> TrainConfig:
+    """The configuration that ``--recipe NAME`` and the other options of ``argv`` describe; options win over the recipe.
+
+    Raises:
+        ValueError: an option or key that does not exist, or a value that it does not take.
+        FileNotFoundError: a recipe file that does not exist.
+    """
+    parser = _Parser(prog="qtvit train classify", description="Train an image classifier.", exit_on_error=False)
+    parser.add_argument(
+        "--recipe", action="config", help=f"what to start from: {', '.join(recipe_names())}, or a YAML file"
+    )
+    parser.add_class_arguments(TrainConfig, as_group=False)
+    argv = [re.sub(r"^--[^=]+", lambda name: "--" + name[0][2:].replace("-", "_"), arg) for arg in argv]
+    options = ["recipe", "help", "print_config", *_dotted_names(TrainConfig)]
+    for arg in argv:
+        name = arg[2:].split("=")[0]
+        if arg.startswith("--") and name not in options and not name.startswith("model_args."):
+            raise unknown_name("option", _as_option(name), map(_as_option, options))
+    try:
+        values = parser.instantiate(parser.parse_args(_recipe_first(argv)))
+    except ArgumentError as error:
+        message = re.sub(r'Parser key "(\S+)":', lambda key: f"{_as_option(key[1])}:", " ".join(str(error).split()))
+        raise ValueError(re.sub(r"<class '(\w+)'>|typing\.(Literal)", r"\1\2", message)) from error
+    return TrainConfig(**{f.name: values[f.name] for f in fields(TrainConfig)})
+
+
+def save_config(config: TrainConfig, path: Path) -> None:
+    """Write the resolved configuration, a YAML file that ``--recipe`` takes."""
+    path.write_text(yaml.safe_dump(asdict(config), sort_keys=False), encoding="utf-8")
+
+
+def recipe_names() -> list[str]:
+    """Names of the recipes that come with qtvit."""
+    root = resources.files("qtvit") / "recipes"
+    return sorted(str(path.relative_to(str(root)).with_suffix("")) for path in Path(str(root)).rglob("*.yaml"))
+
+
+def _recipe_first(argv: list[str]) -> list[str]:
+    """``argv`` with its checked recipe as a path, in front, where jsonargparse lets everything else override it."""
+    finder = ArgumentParserBase(add_help=False, allow_abbrev=False)
+    finder.add_argument("--recipe")
+    found, rest = finder.parse_known_args(argv)
+    return rest if found.recipe is None else ["--recipe", str(_checked_recipe(found.recipe)), *rest]
+
+
+def _checked_recipe(name: str) -> Path:
+    path = Path(name)
+    if path.suffix not in (".yaml", ".yml"):
+        if name not in recipe_names():
+            raise unknown_name("recipe", name, recipe_names())
+        path = Path(str(resources.files("qtvit") / "recipes" / f"{name}.yaml"))
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such recipe file")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: a recipe is a mapping of names to values")
+    known = _dotted_names(TrainConfig)
+    for key, value in content.items():
+        names = [f"{key}.{name}" for name in value] if isinstance(value, dict) and key != "model_args" else [key]
+        for name in names:
+            if name not in known:
+                raise ValueError(f"{path}: {unknown_name('key', name, known)}")
+    return path
+
+
+def _dotted_names(config: type) -> list[str]:
+    names = []
+    for f in fields(config):
+        group = f.default_factory
+        names += [f.name, *(f"{f.name}.{g.name}" for g in fields(group))] if is_dataclass(group) else [f.name]
+    return names
+
+
+def _as_option(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _require(condition: bool, name: str, value: object, accepted: str) -> None:
+    if not condition:
+        raise ValueError(f"{_as_option(name)} must be {accepted}, got {value!r}")
+
+
+class _Parser(ArgumentParser):
+    """jsonargparse's parser with hyphens in its help, as ``parse_config`` accepts them."""
+
+    def format_help(self, formatter: HelpFormatter | None = None) -> str:
+        return re.sub(r"--[\w.]+", lambda name: name[0].replace("_", "-"), super().format_help(formatter))

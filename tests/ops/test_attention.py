@@ -1,0 +1,218 @@
+"""Linear attention against its N x M reference: outputs, gradients, layouts, precisions, sizes and errors."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from qtvit.ops import KERNELS, get_kernel, linear_attention, linear_attention_cf, reference_attention
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+# (name, kernel, scalars away from their initial values); a new kernel is picked up with scalars drawn here.
+VARIANTS = [
+    *((name, name, {s: 0.6 + 0.3 * i for i, s in enumerate(spec.scalars)}) for name, spec in KERNELS.items()),
+    ("taylor2_paper_beta", "taylor2_paper", {"alpha": 0.8, "gamma": 0.6, "beta": 0.9}),
+]
+variants = pytest.mark.parametrize(("kernel", "scalars"), [pytest.param(*v[1:], id=v[0]) for v in VARIANTS])
+
+# B, heads, N, M, D, E
+SIZES = [(2, 3, 17 * 13, 17 * 13, 16, 16), (2, 1, 1, 1, 8, 8), (1, 2, 5, 64, 3, 7), (1, 2, 40, 1, 32, 4)]
+sizes = pytest.mark.parametrize("size", SIZES, ids=lambda s: "x".join(map(str, s)))
+
+
+def make_inputs(size: tuple[int, ...], dtype: torch.dtype = torch.float32, seed: int = 0) -> tuple[Tensor, ...]:
+    """q, k, v as (B, heads, N, D) and the gradient of the output."""
+    batch, heads, n, m, d, e = size
+    generator = torch.Generator().manual_seed(seed)
+    return tuple(
+        torch.randn(batch, heads, tokens, chans, generator=generator).to(dtype)
+        for tokens, chans in ((n, d), (m, d), (m, e), (n, e))
+    )
+
+
+def run(
+    attention: Callable[..., Tensor],
+    inputs: tuple[Tensor, ...],
+    kernel: str,
+    scalars: dict[str, float],
+    scalar_dtype: torch.dtype = torch.float32,
+    autocast: torch.dtype | None = None,
+) -> list[Tensor]:
+    """Output, gradients of q, k, v, gradients of the scalars."""
+    q, k, v = (x.detach().requires_grad_() for x in inputs[:3])
+    leaves = {name: torch.tensor(value, dtype=scalar_dtype, requires_grad=True) for name, value in scalars.items()}
+    with torch.autocast("cpu", autocast, enabled=autocast is not None):
+        if attention is reference_attention:
+            out = reference_attention(q, k, v, kernel, **leaves)
+        else:
+            out = attention(q, k, v, kernel, leaves)
+    grads = torch.autograd.grad(out, [q, k, v, *leaves.values()], inputs[3].to(out.dtype))
+    return [out.detach(), *grads]
+
+
+def run_reference(inputs: tuple[Tensor, ...], kernel: str, scalars: dict[str, float]) -> list[Tensor]:
+    return run(reference_attention, tuple(x.double() for x in inputs), kernel, scalars, torch.float64)
+
+
+def channels_first(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> Tensor:
+    """`linear_attention_cf` behind the other layout, on contiguous (B, heads, D, N) tensors."""
+    out = linear_attention_cf(q.mT.contiguous(), k.mT.contiguous(), v.mT.contiguous(), *args)
+    return out.mT
+
+
+def assert_matches(ours: list[Tensor], reference: list[Tensor], dtype: torch.dtype) -> None:
+    """Equal up to fp32 arithmetic and one rounding to ``dtype``: nothing in between may be less precise."""
+    rounding = 0.51 * torch.finfo(dtype).eps
+    for i, (got, want) in enumerate(zip(ours, reference, strict=True)):
+        assert got.shape == want.shape
+        excess = (got.double() - want).abs() - rounding * want.abs()
+        noise = 2e-6 if got.ndim else 1e-4  # of a gradient that is truly zero; a scalar's is a sum over everything
+        assert excess.max() <= 5e-6 * want.abs().max() + noise, f"tensor {i}: off by {excess.max():.2e}"
+
+
+@variants
+@sizes
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("attention", [linear_attention, channels_first])
+def test_matches_reference(
+    kernel: str, scalars: dict[str, float], size: tuple[int, ...], dtype: torch.dtype, attention: Callable[..., Tensor]
+) -> None:
+    inputs = make_inputs(size, dtype)
+    ours = run(attention, inputs, kernel, scalars)
+    assert [x.dtype for x in ours[:4]] == [dtype] * 4
+    assert_matches(ours, run_reference(inputs, kernel, scalars), dtype)
+
+
+@variants
+@pytest.mark.parametrize("autocast", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_autocast_changes_nothing(
+    kernel: str, scalars: dict[str, float], autocast: torch.dtype, dtype: torch.dtype
+) -> None:
+    inputs = make_inputs(SIZES[0], dtype)
+    ours = run(linear_attention, inputs, kernel, scalars, autocast=autocast)
+    assert ours[0].dtype == dtype
+    assert_matches(ours, run_reference(inputs, kernel, scalars), dtype)
+
+
+@variants
+def test_non_contiguous_inputs(kernel: str, scalars: dict[str, float]) -> None:
+    inputs = make_inputs((2, 3, 30, 26, 8, 8))
+    strided = tuple(x.flip(0)[:, 1:, ::2].mT for x in inputs)
+    assert not any(x.is_contiguous() or x.mT.is_contiguous() for x in strided)
+    packed = tuple(x.contiguous() for x in strided)
+    for ours, plain in zip(
+        run(linear_attention_cf, strided, kernel, scalars),
+        run(linear_attention_cf, packed, kernel, scalars),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-6)
+
+
+@given(
+    size=st.tuples(*[st.integers(1, 3)] * 2, *[st.integers(1, 50)] * 2, *[st.integers(1, 20)] * 2),
+    variant=st.sampled_from(VARIANTS),
+    dtype=st.sampled_from(DTYPES),
+    attention=st.sampled_from([linear_attention, channels_first]),
+    seed=st.integers(0, 99),
+)
+def test_any_shape(
+    size: tuple[int, ...],
+    variant: tuple[str, str, dict[str, float]],
+    dtype: torch.dtype,
+    attention: Callable[..., Tensor],
+    seed: int,
+) -> None:
+    inputs = make_inputs(size, dtype, seed)
+    assert_matches(run(attention, inputs, *variant[1:]), run_reference(inputs, *variant[1:]), dtype)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_scalars_start_at_their_initial_values(kernel: str) -> None:
+    q, k, v, _ = make_inputs(SIZES[0])
+    explicit = linear_attention(q, k, v, kernel, KERNELS[kernel].scalars)
+    torch.testing.assert_close(linear_attention(q, k, v, kernel), explicit, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kernel", [name for name, spec in KERNELS.items() if spec.normalized])
+def test_weights_of_a_query_sum_to_one(kernel: str) -> None:
+    q, k, v, _ = make_inputs((2, 3, 60, 70, 16, 4))
+    constant = v[:, :, :1].expand_as(v)
+    torch.testing.assert_close(linear_attention(q, k, constant, kernel), constant[:, :, :60], rtol=1e-5, atol=1e-6)
+    one_token = linear_attention(q, k[:, :, :1], v[:, :, :1], kernel)
+    torch.testing.assert_close(one_token, v[:, :, :1].expand_as(one_token), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_order_of_tokens(kernel: str) -> None:
+    """The order of the keys does not matter, and the output follows the order of the queries."""
+    q, k, v, _ = make_inputs((2, 3, 60, 70, 16, 4))
+    out = linear_attention(q, k, v, kernel)
+    keys, queries = torch.randperm(70), torch.randperm(60)
+    shuffled = linear_attention(q[:, :, queries], k[:, :, keys], v[:, :, keys], kernel)
+    torch.testing.assert_close(shuffled, out[:, :, queries], rtol=1e-5, atol=1e-6)
+
+
+class _LargestTensor(TorchDispatchMode):
+    numel = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(tensor, Tensor):
+                self.numel = max(self.numel, tensor.numel())
+        return out
+
+
+@variants
+def test_linear_in_tokens(kernel: str, scalars: dict[str, float]) -> None:
+    """No N x N tensor in forward or backward, and twice the tokens cost twice the multiplications."""
+    flops = []
+    for n in (2048, 4096):
+        inputs = make_inputs((1, 1, n, n, 16, 16))
+        with _LargestTensor() as largest, FlopCounterMode(display=False) as counter:
+            run(linear_attention, inputs, kernel, scalars)
+        assert 16 * n <= largest.numel < n * n / 8
+        flops.append(counter.get_total_flops())
+    assert flops[1] == 2 * flops[0]
+
+
+SHAPES = {"q": (2, 3, 10, 8), "k": (2, 3, 12, 8), "v": (2, 3, 12, 5)}
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"q": (3, 10, 8)}, "need four dimensions, got 3, 4, 4"),
+        ({"v": (2, 3, 12)}, "need four dimensions, got 4, 4, 3"),
+        ({"q": (2, 3, 10, 9)}, r"q and k differ in .*\(2, 3, 9, 10\) and \(2, 3, 8, 12\)"),
+        ({"q": (1, 3, 10, 8)}, "q and k differ"),
+        ({"q": (2, 1, 10, 8)}, "q and k differ"),
+        ({"v": (2, 3, 10, 5)}, r"k and v differ in .*\(2, 3, 8, 12\) and \(2, 3, 5, 10\)"),
+        ({"v": (1, 3, 12, 5)}, "k and v differ"),
+        ({"v": (2, 1, 12, 5)}, "k and v differ"),
+    ],
+    ids=str,
+)
+def test_shape_errors(wrong: dict[str, tuple[int, ...]], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        linear_attention(*(torch.zeros(shape) for shape in {**SHAPES, **wrong}.values()))
+
+
+def test_unknown_kernel_and_scalar_are_named_with_what_is_known() -> None:
+    q, k, v, _ = make_inputs(SIZES[1])
+    with pytest.raises(ValueError, match=r"unknown kernel 'tailor2'.*taylor2"):
+        get_kernel("tailor2")
+    with pytest.raises(ValueError, match="unknown kernel 'tailor2'"):
+        linear_attention(q, k, v, kernel="tailor2")
+    with pytest.raises(ValueError, match=r"unknown kernel scalar 'gama'.*gamma"):
+        linear_attention(q, k, v, "taylor2_paper", {"gama": 1.0})
+    with pytest.raises(ValueError, match=r"unknown kernel scalar 'alpha'.*\bc\b"):
+        linear_attention(q, k, v, "taylor2", {"alpha": 1.0})
