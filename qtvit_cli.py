@@ -194,10 +194,11 @@ def list_models(args: argparse.Namespace) -> None:
 
 
 def _print_summary(summary: "RunSummary") -> None:
+    top5 = f" (top-5 {summary.top5:.2f} %)" if summary.top5 < 100 else ""
     print(
         f"""
 Done: {summary.run}
-  top-1        {summary.top1:.2f} % on the held-out images (top-5 {summary.top5:.2f} %)
+  top-1        {summary.top1:.2f} % on the held-out images{top5}
   parameters   {summary.num_params / 1e6:.2f} M
   MACs         {summary.num_macs / 1e6:.1f} M per image
   speed        {summary.images_per_second:.0f} images/s (forward pass on the training device)

@@ -13,6 +13,11 @@ settings.register_profile("qtvit", deadline=None, derandomize=True, max_examples
 settings.load_profile("qtvit")
 
 
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session")
 def tiny_architectures() -> Mapping[str, Architecture]:
     """One shrunken network for each family, with every kind of block in it."""

@@ -4,6 +4,7 @@ import json
 import logging
 import math
 import os
+import random
 import re
 import sys
 import time
@@ -14,13 +15,14 @@ from typing import Any
 
 import lightning
 import torch
-from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ModelCheckpoint, TQDMProgressBar
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from timm.data import create_transform, resolve_model_data_config
 from timm.optim import param_groups_weight_decay
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader
+from torch.optim.swa_utils import update_bn
+from torch.utils.data import DataLoader, Subset
 from torchmetrics.classification import MulticlassAccuracy
 
 from qtvit.checkpoints import BEST, ModelInfo, load_model, save_model
@@ -76,6 +78,7 @@ class Classifier(lightning.LightningModule):
                 f"the loss is {loss.item()} in epoch {self.current_epoch}, batch {batch_idx}; try a lower --lr"
             )
         self.log("train/loss", loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(labels))
+        self.log("lr", self.optimizers().param_groups[0]["lr"], on_step=False, on_epoch=True, batch_size=len(labels))
         return loss
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
@@ -135,6 +138,8 @@ def train_classifier(config: TrainConfig) -> RunSummary:
     data = load_labelled_images(config.data, val_fraction=config.val_fraction, seed=config.seed)
     if config.batch_size > len(data.train):
         raise ValueError(f"--batch-size {config.batch_size} is more than the {len(data.train)} training images")
+    if config.num_threads is not None:
+        torch.set_num_threads(config.num_threads)
     lightning.seed_everything(config.seed, workers=True, verbose=False)
     model, info = _build(config, data)
     run = _create_run_folder(config, data)
@@ -144,12 +149,16 @@ def train_classifier(config: TrainConfig) -> RunSummary:
         f"Run folder: {run}"
     )
     task = Classifier(model.to(memory_format=torch.channels_last), len(data.classes), config)
-    trainer = _trainer(config, device, run, info)
+    train_loader, val_loader, bn_loader = _loaders(config, data, Preprocess(**info.preprocess))
+    callbacks: list[Callback] = [SaveBest(run / BEST, info)]
+    if bn_loader is not None:
+        callbacks.append(EstimateBatchNorm(bn_loader))
+    trainer = _trainer(config, device, run, callbacks)
     start = time.perf_counter()
     with warnings.catch_warnings():
         for known in ("does not have many workers", "exists and is not empty", "LeafSpec"):
             warnings.filterwarnings("ignore", message=f".*{known}")
-        trainer.fit(task, *_loaders(config, data, Preprocess(**info.preprocess)))
+        trainer.fit(task, train_loader, val_loader)
     train_seconds = time.perf_counter() - start
     return _report(config, data, run, train_seconds)
 
@@ -198,7 +207,10 @@ def _create_run_folder(config: TrainConfig, data: LabelledImages) -> Path:
     return run
 
 
-def _loaders(config: TrainConfig, data: LabelledImages, preprocess: Preprocess) -> tuple[DataLoader, DataLoader]:
+def _loaders(
+    config: TrainConfig, data: LabelledImages, preprocess: Preprocess
+) -> tuple[DataLoader, DataLoader, DataLoader | None]:
+    """Batches for training, for evaluation, and for the BatchNorm statistics if they are to be estimated."""
     augment = config.augment
     train_transform = create_transform(
         input_size=(3, *preprocess.size),
@@ -220,9 +232,13 @@ def _loaders(config: TrainConfig, data: LabelledImages, preprocess: Preprocess) 
         "num_workers": num_workers,
         "persistent_workers": num_workers > 0,
     }
+    train_set = ImageDataset(data.train, train_transform)
+    num_bn_images = min(max(config.bn_images, config.batch_size), len(train_set))
+    bn_set = Subset(train_set, random.Random(config.seed).sample(range(len(train_set)), num_bn_images))
     return (
-        DataLoader(ImageDataset(data.train, train_transform), shuffle=True, drop_last=True, **common),
+        DataLoader(train_set, shuffle=True, drop_last=True, **common),
         DataLoader(ImageDataset(data.val, preprocess.transform()), **common),
+        DataLoader(bn_set, drop_last=True, **common) if config.bn_images else None,
     )
 
 
@@ -232,13 +248,12 @@ def _num_workers(config: TrainConfig) -> int:
     return 0 if config.data == DIGITS else min(8, max((os.cpu_count() or 1) - 1, 1))
 
 
-def _trainer(config: TrainConfig, device: torch.device, run: Path, info: ModelInfo) -> lightning.Trainer:
+def _trainer(config: TrainConfig, device: torch.device, run: Path, callbacks: list[Callback]) -> lightning.Trainer:
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     interactive = sys.stderr.isatty()
-    callbacks: list[Callback] = [
-        LearningRateMonitor("epoch"),
+    callbacks = [
+        *callbacks,
         ModelCheckpoint(run, filename=Path(LAST).stem, enable_version_counter=False),
-        SaveBest(run / BEST, info),
         TQDMProgressBar(leave=False) if interactive else EpochLines(),
     ]
     return lightning.Trainer(
@@ -278,6 +293,19 @@ class SaveBest(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.best = state_dict["best"]
+
+
+class EstimateBatchNorm(Callback):
+    """Averages the BatchNorm statistics over ``loader`` before each evaluation, as EfficientViT's recipe does."""
+
+    def __init__(self, loader: DataLoader) -> None:
+        self.loader = loader
+
+    def on_validation_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        assert isinstance(pl_module, Classifier)
+        with torch.no_grad(), trainer.precision_plugin.forward_context():
+            update_bn(self.loader, pl_module.model, device=pl_module.device)
+        pl_module.eval()
 
 
 class EpochLines(Callback):

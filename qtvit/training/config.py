@@ -96,7 +96,10 @@ class TrainConfig:
         seed: of the split, the initial weights and the augmentation.
         device: auto, cpu, cuda, cuda:1, mps.
         precision: arithmetic of the training step.
-        num_workers: processes that load images; default: one per core less one, at most 8, and none for small data.
+        num_workers: processes that load images; default: one per core less one, at most 8, and none for the digits.
+        num_threads: CPU threads of the network; default: one per core.
+        bn_images: training images on which the BatchNorm statistics are estimated anew before each evaluation, as the
+            running averages lag far behind a fast-learning network; 0 to keep the running averages.
         val_fraction: part of each class held out when the data has no val folder.
         crop_pct: part of the image's shorter side that evaluation sees; default: the model's own.
         model_args: further arguments of the model, such as {kernel: taylor2_paper, drop_path_rate: 0.1}.
@@ -116,6 +119,8 @@ class TrainConfig:
     device: str = "auto"
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
     num_workers: int | None = None
+    num_threads: int | None = None
+    bn_images: int = 2048
     val_fraction: float = 0.2
     crop_pct: float | None = None
     model_args: dict[str, Any] = field(default_factory=dict)
@@ -129,6 +134,8 @@ class TrainConfig:
         _require(0 < self.val_fraction < 1, "val_fraction", self.val_fraction, "between 0 and 1")
         _require(self.crop_pct is None or 0 < self.crop_pct <= 1, "crop_pct", self.crop_pct, "above 0, at most 1")
         _require(self.num_workers is None or self.num_workers >= 0, "num_workers", self.num_workers, "0 or more")
+        _require(self.num_threads is None or self.num_threads >= 1, "num_threads", self.num_threads, "1 or more")
+        _require(self.bn_images >= 0, "bn_images", self.bn_images, "0 or more")
         self.image_shape()
 
     def image_shape(self) -> tuple[int, int] | None:

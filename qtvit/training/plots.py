@@ -30,7 +30,9 @@ def plot_curves(metrics_csv: Path, out: Path) -> None:
     }
     for axes, (title, lines) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
         for label, name in lines.items():
-            axes.plot(*series(name), label=label, marker=".")
+            epochs, values = series(name)
+            if label != "top-5" or min(values) < 100:
+                axes.plot(epochs, values, label=label, marker=".")
         axes.set(title=title, xlabel="epoch")
         axes.grid(alpha=0.3)
         if len(lines) > 1:

@@ -149,7 +149,6 @@ def test_no_pooling_with_a_classifier() -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_initialisation(family: str, tiny_architectures: Architectures) -> None:
-    torch.manual_seed(0)
     model = QTViT(tiny_architectures[family], kernel="taylor2").train()
     branches = 0
     for module in model.modules():
