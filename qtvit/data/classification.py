@@ -61,14 +61,14 @@ def load_labelled_images(data: str, *, val_fraction: float = 0.2, seed: int = 0)
             f"{data}: no such folder (give a folder of images, or '{DIGITS}' for the built-in data)"
         )
     if not (root / "train").is_dir():
-        classes, samples = _read_class_folders(root)
+        classes, samples = _read_training_folder(root)
         train, val = stratified_split(samples, val_fraction, seed)
         return LabelledImages(root.resolve().name, classes, train, val)
 
     val_root = next((root / name for name in VAL_FOLDERS if (root / name).is_dir()), None)
     if val_root is None:
         raise ValueError(f"{root}: has train/ but none of {', '.join(f'{name}/' for name in VAL_FOLDERS)}")
-    classes, train = _read_class_folders(root / "train")
+    classes, train = _read_training_folder(root / "train")
     val = read_split(val_root, classes)
     return LabelledImages(root.resolve().name, classes, train, val)
 
@@ -102,6 +102,13 @@ def stratified_split(samples: Sequence[Sample], val_fraction: float, seed: int) 
     return train, val
 
 
+def _read_training_folder(root: Path) -> tuple[tuple[str, ...], list[Sample]]:
+    classes, samples = _read_class_folders(root)
+    if len(classes) == 1:
+        raise ValueError(f"{root}: one class only ({classes[0]}); there is nothing to tell apart")
+    return classes, samples
+
+
 def _read_class_folders(root: Path) -> tuple[tuple[str, ...], list[Sample]]:
     classes = tuple(sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith(".")))
     samples: list[Sample] = []
@@ -112,8 +119,6 @@ def _read_class_folders(root: Path) -> tuple[tuple[str, ...], list[Sample]]:
         samples += [(path, label) for path in files]
     if not classes:
         raise ValueError(f"{root}: no class folders; expected {root.name}/CLASS/*.jpg")
-    if len(classes) == 1:
-        raise ValueError(f"{root}: one class only ({classes[0]}); there is nothing to tell apart")
     return classes, samples
 
 

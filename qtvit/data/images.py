@@ -58,7 +58,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _from_array(array: Any) -> Image.Image:
-    tensor = array.detach().cpu() if isinstance(array, Tensor) else torch.from_numpy(np.ascontiguousarray(array))
+    tensor = array.detach().cpu() if isinstance(array, Tensor) else torch.from_numpy(np.array(array))
     if tensor.ndim == 2:
         tensor = tensor[None]
     elif isinstance(array, np.ndarray) and tensor.ndim == 3:

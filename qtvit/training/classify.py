@@ -78,7 +78,9 @@ class Classifier(lightning.LightningModule):
                 f"the loss is {loss.item()} in epoch {self.current_epoch}, batch {batch_idx}; try a lower --lr"
             )
         self.log("train/loss", loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(labels))
-        self.log("lr", self.optimizers().param_groups[0]["lr"], on_step=False, on_epoch=True, batch_size=len(labels))
+        self.log(
+            "lr", self.trainer.optimizers[0].param_groups[0]["lr"], on_step=False, on_epoch=True, batch_size=len(labels)
+        )
         return loss
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:

@@ -193,12 +193,16 @@ def _recipe_first(argv: list[str]) -> list[str]:
     return rest if found.recipe is None else ["--recipe", str(_checked_recipe(found.recipe)), *rest]
 
 
+def _recipe_path(name: str) -> Path:
+    if Path(name).suffix in (".yaml", ".yml"):
+        return Path(name)
+    if name not in recipe_names():
+        raise unknown_name("recipe", name, recipe_names())
+    return Path(str(resources.files("qtvit") / "recipes" / f"{name}.yaml"))
+
+
 def _checked_recipe(name: str) -> Path:
-    path = Path(name)
-    if path.suffix not in (".yaml", ".yml"):
-        if name not in recipe_names():
-            raise unknown_name("recipe", name, recipe_names())
-        path = Path(str(resources.files("qtvit") / "recipes" / f"{name}.yaml"))
+    path = _recipe_path(name)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such recipe file")
     try:
@@ -209,8 +213,8 @@ def _checked_recipe(name: str) -> Path:
         raise ValueError(f"{path}: a recipe is a mapping of names to values")
     known = _dotted_names(TrainConfig)
     for key, value in content.items():
-        names = [f"{key}.{name}" for name in value] if isinstance(value, dict) and key != "model_args" else [key]
-        for name in names:
+        group = value if isinstance(value, dict) and key != "model_args" else {}
+        for name in (str(key), *(f"{key}.{name}" for name in group)):
             if name not in known:
                 raise ValueError(f"{path}: {unknown_name('key', name, known)}")
     return path

@@ -48,7 +48,7 @@ def plot_confusion(evaluation: Evaluation, out: Path) -> None:
     side = min(max(4.5, 0.45 * num_classes + 2), 20)
     figure = Figure(figsize=(side + 1, side), layout="constrained")
     axes = figure.subplots()
-    image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    image = axes.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=1)
     figure.colorbar(image, label="share of the true class", shrink=0.8)
     axes.set(
         xlabel="predicted",

@@ -132,6 +132,12 @@ def test_every_parameter_gets_a_gradient(family: str, tiny_architectures: Archit
     assert silent == []
 
 
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_every_norm_has_the_eps_of_its_family(name: str) -> None:
+    eps = {module.eps for module in meta_model(name).modules() if hasattr(module, "eps")}
+    assert eps == {1e-7 if name in ("qtvit_4", "qtvit_5", "qtvit_6") else 1e-5}
+
+
 def test_unknown_argument() -> None:
     with pytest.raises(TypeError, match="droput"):
         timm.create_model("qtvit_nano", droput=0.1)
