@@ -8,14 +8,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-__version__ = "0.1.0"
-
 from . import models
+from .version import __version__
 
 if TYPE_CHECKING:
     from .deploy import Predictor
 
-__all__ = ["load", "models"]
+__all__ = ["__version__", "load", "models"]
 
 
 def load(path: str | Path, device: str = "auto") -> Predictor:

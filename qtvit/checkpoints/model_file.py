@@ -11,8 +11,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-import qtvit
 from qtvit.models import build_model
+from qtvit.version import __version__
 
 METADATA_KEY = "qtvit"
 BEST = "best.safetensors"
@@ -46,7 +46,7 @@ class ModelInfo:
 
 def save_model(path: Path, state_dict: dict[str, Tensor], info: ModelInfo) -> None:
     """Write the model file in one step: a crash leaves the old file or the new one."""
-    info = dataclasses.replace(info, version=qtvit.__version__)
+    info = dataclasses.replace(info, version=__version__)
     temporary = path.with_name(f".{path.name}.tmp")
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state_dict.items()}
     save_file(tensors, temporary, metadata={METADATA_KEY: json.dumps(dataclasses.asdict(info))})

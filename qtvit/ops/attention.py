@@ -28,7 +28,8 @@ def linear_attention(
     """Linear attention in the layout of ``torch.nn.functional.scaled_dot_product_attention``.
 
     O_i = Σ_j w_ij v_j / Σ_j w_ij (paper, eq. 3) with w_ij = <φ_q(q_i), φ_k(k_j)>, in O(N + M) time and memory. Takes
-    fp32, bf16 and fp16 with or without autocast: norms, sums over tokens and the division run in fp32.
+    fp32, bf16 and fp16 with or without autocast: norms, sums over tokens and the division run in fp32 (fp64 stays
+    fp64).
 
     Args:
         q: (B, heads, N, D).
@@ -49,14 +50,15 @@ def linear_attention(
 def linear_attention_cf(
     q: Tensor, k: Tensor, v: Tensor, kernel: str = "taylor2", scalars: Mapping[str, Tensor | float] | None = None
 ) -> Tensor:
-    """`linear_attention` channels-first: q (B, heads, D, N), k (B, heads, D, M), v (B, heads, E, M) -> (B, heads, E,
-    N).
+    """`linear_attention` channels-first.
+
+    q (B, heads, D, N), k (B, heads, D, M), v (B, heads, E, M) -> (B, heads, E, N).
     """
-    check_shapes(q, k, v)
+    _check_shapes(q, k, v)
     spec = get_kernel(kernel)
     with _no_autocast(q.device.type):
-        f_q, f_k, const = spec.features(_to_fp32(q), _to_fp32(k), **resolve_scalars(spec, scalars, q))
-        values = v.float()
+        f_q, f_k, const = spec.features(_upcast(q), _upcast(k), **_resolve_scalars(spec, scalars, q))
+        values = _upcast(v)
         # w_ij = <f_q_i, f_k_j> + const, summed over j before it meets the query: nothing here is N x M.
         numerator = (values @ f_k.mT) @ f_q + const * values.sum(-1, keepdim=True)
         if not spec.normalized:
@@ -65,19 +67,18 @@ def linear_attention_cf(
         return (numerator / (weight_sum + EPS)).to(v.dtype)
 
 
-def resolve_scalars(kernel: Kernel, given: Mapping[str, Tensor | float] | None, like: Tensor) -> dict[str, Tensor]:
-    """The kernel's scalars as fp32 tensors on ``like``'s device, with initial values where none is given."""
+def _resolve_scalars(kernel: Kernel, given: Mapping[str, Tensor | float] | None, like: Tensor) -> dict[str, Tensor]:
+    """The kernel's scalars as tensors on ``like``'s device, with initial values where none is given."""
     given = given or {}
     known = (*kernel.scalars, *kernel.optional_scalars)
     for name in given:
         if name not in known:
             raise unknown_name("kernel scalar", name, known)
-    return {
-        name: torch.as_tensor(value, device=like.device).float() for name, value in {**kernel.scalars, **given}.items()
-    }
+    values = {**kernel.scalars, **given}
+    return {name: _upcast(torch.as_tensor(value, device=like.device)) for name, value in values.items()}
 
 
-def check_shapes(q: Tensor, k: Tensor, v: Tensor) -> None:
+def _check_shapes(q: Tensor, k: Tensor, v: Tensor) -> None:
     """ValueError unless q (B, heads, D, N), k (B, heads, D, M) and v (B, heads, E, M) belong together."""
     if not (q.ndim == k.ndim == v.ndim == 4):
         raise ValueError(f"q, k, v need four dimensions, got {q.ndim}, {k.ndim}, {v.ndim}")
@@ -87,8 +88,10 @@ def check_shapes(q: Tensor, k: Tensor, v: Tensor) -> None:
         raise ValueError(f"k and v differ in batch, heads or tokens: {(*k.shape,)} and {(*v.shape,)}")
 
 
-def _to_fp32(x: Tensor) -> Tensor:
-    return _SaturatingCast.apply(x) if x.dtype == torch.float16 and x.requires_grad else x.float()
+def _upcast(x: Tensor) -> Tensor:
+    if x.dtype == torch.float16 and x.requires_grad:
+        return _SaturatingCast.apply(x)
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 class _SaturatingCast(torch.autograd.Function):

@@ -26,7 +26,7 @@ class Kernel:
     """One row of the registry.
 
     Attributes:
-        features: ``(q, k, **scalars) -> (f_q, f_k, const)`` with q, k of shape (B, heads, D, N) in fp32.
+        features: ``(q, k, **scalars) -> (f_q, f_k, const)`` with q, k of shape (B, heads, D, N) in fp32 (or fp64).
         scalars: names and initial values of the learnable scalars that ``features`` takes.
         optional_scalars: names of further scalars that ``features`` can do without.
         normalized: whether the weights of a query are divided by their sum.

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .kernels import EPS
+from .kernels import EPS, KERNELS
 
 
 def exp_taylor2(s: Tensor) -> Tensor:
@@ -32,7 +32,7 @@ def symmetric_features(x: Tensor) -> Tensor:
     """
     extended = torch.cat([x / x.shape[-1] ** 0.25, torch.ones_like(x[..., :1])], -1)
     rows, cols = torch.triu_indices(extended.shape[-1], extended.shape[-1], device=x.device)
-    scale = torch.where(rows == cols, 1.0, 2**0.5).to(x.dtype)
+    scale = torch.where(rows == cols, x.new_tensor(1), x.new_tensor(2).sqrt())
     products = extended[..., rows] * extended[..., cols] * scale
     return torch.cat([products, torch.ones_like(x[..., :1])], -1) / 2**0.5
 
@@ -71,4 +71,6 @@ REFERENCE_WEIGHTS: dict[str, Callable[..., Tensor]] = {
 def reference_attention(q: Tensor, k: Tensor, v: Tensor, kernel: str = "taylor2", **scalars: float | Tensor) -> Tensor:
     """O_i = Σ_j w_ij v_j / Σ_j w_ij with the N x M weights formed. Shapes as in `qtvit.ops.linear_attention`."""
     weights = REFERENCE_WEIGHTS[kernel](q, k, **scalars)
-    return weights @ v / (weights.sum(-1, keepdim=True) + EPS)
+    if KERNELS[kernel].normalized:
+        weights = weights / (weights.sum(-1, keepdim=True) + EPS)
+    return weights @ v

@@ -140,11 +140,19 @@ def train_classifier(config: TrainConfig) -> RunSummary:
     data = load_labelled_images(config.data, val_fraction=config.val_fraction, seed=config.seed)
     if config.batch_size > len(data.train):
         raise ValueError(f"--batch-size {config.batch_size} is more than the {len(data.train)} training images")
-    if config.num_threads is not None:
-        torch.set_num_threads(config.num_threads)
+    if config.num_threads is not None or "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(config.num_threads or max(_num_cores() - _num_workers(config), 1))
     lightning.seed_everything(config.seed, workers=True, verbose=False)
     model, info = _build(config, data)
     run = _create_run_folder(config, data)
+    resolved = replace(
+        config,
+        img_size="x".join(map(str, info.preprocess["size"])),
+        crop_pct=info.preprocess["crop_pct"],
+        device=str(device),
+        num_workers=_num_workers(config),
+    )
+    save_config(resolved, run / "config.yaml")
     print(
         f"Training {config.model} on {data.name}: {len(data.classes)} classes, {len(data.train)} training and "
         f"{len(data.val)} held-out images of {'x'.join(map(str, info.preprocess['size']))} px, on {device}.\n"
@@ -205,7 +213,6 @@ def _create_run_folder(config: TrainConfig, data: LabelledImages) -> Path:
         numbered = (Path("runs") / (name if i == 1 else f"{name}-{i}") for i in range(1, sys.maxsize))
         run = next(path for path in numbered if not path.exists())
     run.mkdir(parents=True, exist_ok=True)
-    save_config(config, run / "config.yaml")
     return run
 
 
@@ -247,7 +254,11 @@ def _loaders(
 def _num_workers(config: TrainConfig) -> int:
     if config.num_workers is not None:
         return config.num_workers
-    return 0 if config.data == DIGITS else min(8, max((os.cpu_count() or 1) - 1, 1))
+    return 0 if config.data == DIGITS else min(8, max(_num_cores() - 1, 1))
+
+
+def _num_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _trainer(config: TrainConfig, device: torch.device, run: Path, callbacks: list[Callback]) -> lightning.Trainer:

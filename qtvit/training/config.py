@@ -97,7 +97,8 @@ class TrainConfig:
         device: auto, cpu, cuda, cuda:1, mps.
         precision: arithmetic of the training step.
         num_workers: processes that load images; default: one per core less one, at most 8, and none for the digits.
-        num_threads: CPU threads of the network; default: one per core.
+        num_threads: CPU threads of the network; default: the cores that num_workers leaves (threads and workers that
+            share cores slow each other down many times over).
         bn_images: training images on which the BatchNorm statistics are estimated anew before each evaluation, as the
             running averages lag far behind a fast-learning network; 0 to keep the running averages.
         val_fraction: part of each class held out when the data has no val folder.

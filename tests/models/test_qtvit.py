@@ -288,7 +288,7 @@ def test_gradient_checkpointing_changes_nothing(tiny_architectures: Architecture
 
 @pytest.mark.parametrize(
     ("img_size", "maps"),
-    [(None, [(14, 14), (7, 7), (7, 7)]), (96, [(6, 6), (3, 3), (3, 3)]), ((64, 100), [(4, 7), (2, 4), (2, 4)])],
+    [(None, [(14, 14), (7, 7), (7, 7)]), (96, [(6, 6), (3, 3), (3, 3)]), ((100, 72), [(7, 5), (4, 3), (4, 3)])],
 )
 def test_img_size_lays_out_the_positional_maps(
     img_size: int | tuple[int, int] | None, maps: list[tuple[int, int]], tiny_architectures: Architectures

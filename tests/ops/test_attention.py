@@ -216,3 +216,21 @@ def test_unknown_kernel_and_scalar_are_named_with_what_is_known() -> None:
         linear_attention(q, k, v, "taylor2_paper", {"gama": 1.0})
     with pytest.raises(ValueError, match=r"unknown kernel scalar 'alpha'.*\bc\b"):
         linear_attention(q, k, v, "taylor2", {"alpha": 1.0})
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_float64_is_kept(kernel: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 2, 5, 3, generator=generator, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    assert linear_attention(q, k, v, kernel).dtype == torch.float64
+    assert torch.autograd.gradcheck(lambda *qkv: linear_attention(*qkv, kernel), (q, k, v))
+
+
+def test_fp16_gradient_of_a_scalar_stays_finite() -> None:
+    generator = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(2, 8, 4096, 16, generator=generator).half() for _ in range(2))
+    v = (k.float().abs() * 1e4).clamp(max=6e4).half()
+    c = torch.tensor(1.0).half().requires_grad_()
+    linear_attention(q, k, v, "taylor2", {"c": c}).float().sum().backward()
+    assert c.grad is not None
+    assert c.grad.isfinite()
