@@ -1,6 +1,9 @@
 """Fixtures for the whole suite: shrunken networks, and weights under which every part of them matters."""
 
+import os
 from collections.abc import Callable, Mapping
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tensors are small, and threads that share cores with others crawl
 
 import pytest
 import torch

@@ -24,6 +24,7 @@ from torch.nn import functional as F
 from torch.optim.swa_utils import update_bn
 from torch.utils.data import DataLoader, Subset
 from torchmetrics.classification import MulticlassAccuracy
+from tqdm import tqdm
 
 from qtvit.checkpoints import BEST, ModelInfo, load_model, save_model
 from qtvit.data import DIGITS, ImageDataset, LabelledImages, Preprocess, load_labelled_images
@@ -267,8 +268,10 @@ def _trainer(config: TrainConfig, device: torch.device, run: Path, callbacks: li
     callbacks = [
         *callbacks,
         ModelCheckpoint(run, filename=Path(LAST).stem, enable_version_counter=False),
-        TQDMProgressBar(leave=False) if interactive else EpochLines(),
+        EpochLines(),
     ]
+    if interactive:
+        callbacks.append(ProgressBar(leave=False))
     return lightning.Trainer(
         accelerator=device.type,
         devices=1 if device.index is None else [device.index],
@@ -322,7 +325,7 @@ class EstimateBatchNorm(Callback):
 
 
 class EpochLines(Callback):
-    """One plain line an epoch, for output that is not a terminal."""
+    """One line an epoch, which stays when the progress bar goes (and is all there is without a terminal)."""
 
     def on_train_epoch_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         self.start = time.perf_counter()
@@ -331,12 +334,23 @@ class EpochLines(Callback):
         metrics = trainer.callback_metrics
         seconds = time.perf_counter() - self.start
         left = seconds * ((trainer.max_epochs or 0) - trainer.current_epoch - 1)
-        print(
+        tqdm.write(
             f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}  loss {metrics['train/loss']:.4f}  "
             f"held-out loss {metrics['val/loss']:.4f}  top-1 {metrics['val/top1']:.2f} %  "
-            f"({seconds:.1f} s, about {left:.0f} s to go)",
-            flush=True,
+            f"({seconds:.1f} s, about {left:.0f} s to go)"
         )
+        sys.stdout.flush()
+
+
+class ProgressBar(TQDMProgressBar):
+    """Lightning's progress bar without the logger's version number."""
+
+    def get_metrics(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
+    ) -> dict[str, int | str | float | dict[str, float]]:
+        metrics = super().get_metrics(trainer, pl_module)
+        metrics.pop("v_num", None)
+        return metrics
 
 
 def _report(config: TrainConfig, data: LabelledImages, run: Path, train_seconds: float) -> RunSummary:
