@@ -6,6 +6,7 @@ It stands beside the package, not in it: importing ``qtvit`` registers models wi
 
 import argparse
 import json
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -107,15 +108,16 @@ def quickstart(args: argparse.Namespace) -> None:
     output = ["--output", args.output] if args.output else []
     summary = train_classifier(parse_config(["--recipe", "quickstart", "--device", args.device, *output]))
     _print_summary(summary)
+    command = "qtvit" if shutil.which("qtvit") else sys.argv[0]  # as make calls it, by its path
     print(
         f"""
 Next, with your own images in folders named by class (photos/cat/1.jpg, photos/dog/2.jpg, …):
 
-    qtvit train classify --model qtvit_1 --data photos --epochs 50
-    qtvit eval runs/qtvit_1-photos --data photos
-    qtvit predict runs/qtvit_1-photos some_image.jpg
+    {command} train classify --model qtvit_1 --data photos --epochs 50
+    {command} eval runs/qtvit_1-photos --data photos
+    {command} predict runs/qtvit_1-photos some_image.jpg
 
-and with the model just trained:  qtvit eval {summary.run} --data digits"""
+and with the model just trained:  {command} eval {summary.run} --data digits"""
     )
 
 

@@ -134,7 +134,7 @@ def test_quickstart_ends_with_what_to_type_next(
     monkeypatch.setattr("qtvit.training.config._recipe_path", lambda name: short)
     assert main(["quickstart", "--output", str(tmp_path / "digits")]) == 0
     out = capsys.readouterr().out
-    assert "qtvit train classify --model qtvit_1 --data photos" in out
+    assert "train classify --model qtvit_1 --data photos" in out
     assert json.loads((tmp_path / "digits" / "summary.json").read_text())["top1"] > 60
     assert main(["eval", str(tmp_path / "digits"), "--data", "digits"]) == 0
     assert "of 359 images" in capsys.readouterr().out
