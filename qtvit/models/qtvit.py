@@ -9,16 +9,19 @@ Shapes: B batch, C channels, H x W image or feature map. The network takes any H
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import DropPath, SelectAdaptivePool2d, create_act_layer, to_2tuple
-from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs, register_model
+from timm.layers import ClassifierHead as PoolHead
+from timm.layers import DropPath, SelectAdaptivePool2d, create_act_layer, register_notrace_module, to_2tuple
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from qtvit.layers import ConvNormAct, ConvPair, DSConv, FusedMBConv, MBConv, MultiScaleAttention, Residual
 
@@ -69,6 +72,10 @@ class Architecture:
     img_size: int = 224
 
 
+# Its op dispatches on shapes, dtypes and devices, which torch.fx cannot trace; as a leaf it can stay in a traced graph.
+register_notrace_module(MultiScaleAttention)
+
+
 class AttentionBlock(nn.Module):
     """Attention for context, then an MBConv for local detail; both residual, neither pre-normed."""
 
@@ -88,7 +95,11 @@ class AttentionBlock(nn.Module):
 
 
 class ClassifierHead(nn.Module):
-    """1×1 convolution, global pool, hidden linear layer, classifier: (B, C, H, W) -> (B, num_classes)."""
+    """1×1 convolution, global pool, hidden linear layer, classifier: (B, C, H, W) -> (B, num_classes).
+
+    Without a pool (``global_pool=""``), every position is classified, (B, num_classes, H, W); without a classifier
+    either, the feature map passes unchanged.
+    """
 
     def __init__(
         self,
@@ -109,22 +120,24 @@ class ClassifierHead(nn.Module):
         self.drop = nn.Dropout(drop_rate)
         self.reset(num_classes, global_pool)
 
-    def reset(self, num_classes: int, global_pool: str | None = None) -> None:
+    def reset(self, num_classes: int, pool_type: str | None = None) -> None:
         """A new classifier of ``num_classes`` outputs (0: none), and optionally another pooling ("": none)."""
-        if global_pool is not None:
-            if global_pool == "" and num_classes > 0:
-                raise ValueError(f"global_pool='' (no pooling) goes with num_classes=0 only, not {num_classes}")
-            self.global_pool = SelectAdaptivePool2d(pool_type=global_pool, flatten=True)
-        width = self.hidden.out_features
-        self.classifier = nn.Linear(width, num_classes) if num_classes > 0 else nn.Identity()
-        self.classifier.to(self.hidden.weight.device, self.hidden.weight.dtype)
+        if pool_type is not None:
+            self.global_pool = SelectAdaptivePool2d(pool_type=pool_type, flatten=bool(pool_type))
+        self.num_classes = num_classes
+        weight = self.hidden.weight
+        fc = nn.Linear(len(weight), num_classes) if num_classes > 0 else nn.Identity()
+        self.fc = fc.to(weight.device, weight.dtype).train(self.training)
 
     def forward(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        if not self.global_pool.pool_type:
+        pooled = bool(self.global_pool.pool_type)
+        if not pooled and self.num_classes == 0:
             return x
         x = self.global_pool(self.in_conv(x))
+        x = x if pooled else x.movedim(1, -1)
         x = self.act(self.norm(self.hidden(x)))
-        return x if pre_logits else self.classifier(self.drop(x))
+        x = x if pre_logits else self.fc(self.drop(x))
+        return x if pooled else x.movedim(-1, 1)
 
 
 class QTViT(nn.Module):
@@ -135,13 +148,14 @@ class QTViT(nn.Module):
         img_size: (H, W) for which the positional maps are laid out; other sizes work too, the maps are resized.
         in_chans: image channels.
         num_classes: outputs of the classifier; 0 leaves it out.
-        global_pool: pooling of the head, as in ``timm.layers.SelectAdaptivePool2d``; "" returns the last feature map.
+        global_pool: pooling of the head, as in ``timm.layers.SelectAdaptivePool2d``; "" for none, see `ClassifierHead`.
         kernel: attention kernel, a name in ``qtvit.ops.KERNELS``.
         drop_rate: dropout before the classifier.
         drop_path_rate: stochastic depth of the last residual unit; unit i of n gets ``drop_path_rate * (i + 1) / n``.
+        device, dtype: where and as what the parameters are made, as for any ``torch.nn`` module.
 
     Raises:
-        ValueError: an unknown kernel, no pooling with a classifier.
+        ValueError: an unknown kernel.
     """
 
     def __init__(
@@ -155,6 +169,8 @@ class QTViT(nn.Module):
         kernel: str = "taylor2",
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.cfg = cfg
@@ -179,7 +195,7 @@ class QTViT(nn.Module):
 
         self.num_features = chans
         self.head_hidden_size = cfg.head_widths[1]
-        self.head = ClassifierHead(
+        self.head: ClassifierHead | PoolHead = ClassifierHead(
             chans,
             cfg.head_widths,
             num_classes,
@@ -189,6 +205,7 @@ class QTViT(nn.Module):
             act=cfg.act,
         )
         self.init_weights()
+        self.to(device=device, dtype=dtype)
 
     @torch.no_grad()
     def init_weights(self) -> None:
@@ -252,15 +269,20 @@ class QTViT(nn.Module):
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Drop the stages (and the head) that `forward_intermediates` with ``indices`` does not need."""
+        """Drop the stages `forward_intermediates` with ``indices`` does not need, and the head.
+
+        What is left pools its last feature map; `reset_classifier` puts a linear classifier behind that.
+        """
         take_indices, max_index = feature_take_indices(len(self.stages), indices)
+        if prune_head or max_index + 1 < len(self.stages):
+            self.num_features = self.head_hidden_size = self.feature_info[max_index]["num_chs"]
+            self.num_classes = 0
+            self.head = PoolHead(self.num_features, 0, self.global_pool).train(self.training)
         self.stages = self.stages[: max_index + 1]
-        if prune_head:
-            self.reset_classifier(0, "")
         return take_indices
 
     def get_classifier(self) -> nn.Module:
-        return self.head.classifier
+        return self.head.fc
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """A new, randomly initialised classifier; optionally another pooling."""
@@ -284,10 +306,27 @@ class QTViT(nn.Module):
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        return {"stem": r"^stages\.0\.0\.", "blocks": r"^stages\.(\d+)" if coarse else r"^stages\.(\d+)\.(\d+)"}
+        blocks = r"^stages\.(\d+)" if coarse else [(r"^stages\.(\d+)\.(\d+)", None)]
+        return {"stem": r"^stages\.0\.0\.", "blocks": blocks}
 
     def _run_stage(self, stage: nn.Module, x: Tensor) -> Tensor:
-        return checkpoint(stage, x) if self.grad_checkpointing and self.training else stage(x)
+        if not (self.grad_checkpointing and self.training):
+            return stage(x)
+        return checkpoint(stage, x, use_reentrant=False, context_fn=lambda: (nullcontext(), _frozen_statistics(stage)))
+
+
+@contextmanager
+def _frozen_statistics(module: nn.Module) -> Iterator[None]:
+    """BatchNorms leave their running statistics alone: a checkpointed stage runs twice, but counts once."""
+    norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
+    for norm in norms:
+        norm.momentum, norm.num_batches_tracked = 0.0, None
+    try:
+        yield
+    finally:  # checkpointing leaves by an exception once it has what it needs
+        for norm, (momentum, num_batches) in zip(norms, before, strict=True):
+            norm.momentum, norm.num_batches_tracked = momentum, num_batches
 
 
 def _drop_paths(stages: Sequence[Stage], rate: float) -> Iterator[nn.Module]:
@@ -346,7 +385,7 @@ _HEAD_NAMES = {
     "in_conv.": "head.op_list.0.",
     "hidden.": "head.op_list.2.linear.",
     "norm.": "head.op_list.2.norm.",
-    "classifier.": "head.op_list.3.linear.",
+    "fc.": "head.op_list.3.linear.",
 }
 
 
@@ -458,7 +497,7 @@ def _cfg(side: int = 224, stride: int = 32, num_classes: int = 1000, crop_pct: f
         "mean": IMAGENET_DEFAULT_MEAN,
         "std": IMAGENET_DEFAULT_STD,
         "first_conv": "stages.0.0.conv",
-        "classifier": "head.classifier",
+        "classifier": "head.fc",
         "license": "apache-2.0",
     }
 

@@ -46,7 +46,7 @@ def test_a_failed_write_leaves_the_old_file(info: ModelInfo, tmp_path: Path, mon
 def test_weights_that_do_not_fit(info: ModelInfo, tmp_path: Path) -> None:
     other = build_model(info.model, num_classes=4, img_size=(16, 24))
     save_model(tmp_path / "x.safetensors", other.state_dict(), info)
-    with pytest.raises(ValueError, match=r"do not fit qtvit_nano: size mismatch for head\.classifier\.weight") as error:
+    with pytest.raises(ValueError, match=r"do not fit qtvit_nano: size mismatch for head\.fc\.weight") as error:
         load_model(tmp_path / "x.safetensors")
     assert "\n" not in str(error.value)
 

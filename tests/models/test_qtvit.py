@@ -148,9 +148,36 @@ def test_unknown_kernel() -> None:
         timm.create_model("qtvit_nano", kernel="tailor2")
 
 
-def test_no_pooling_with_a_classifier() -> None:
-    with pytest.raises(ValueError, match="goes with num_classes=0 only, not 10"):
-        timm.create_model("qtvit_nano", global_pool="")
+def test_no_pooling(tiny_architectures: Architectures, randomize: Randomize) -> None:
+    """Without a classifier the feature map, with one its logits at every position."""
+    model = randomize(QTViT(tiny_architectures["b"], num_classes=10), 0).eval()
+    x = image(96, 64)
+    features = model.forward_features(x)
+    model.reset_classifier(0, "")
+    torch.testing.assert_close(model(x), features)
+    randomize(model, 0).reset_classifier(7)
+    logits = model(x)
+    assert logits.shape == (1, 7, 3, 2)
+    one_position = features[..., 2:3, 1:2]
+    model.reset_classifier(0, "avg")
+    dense = QTViT(tiny_architectures["b"], num_classes=7, global_pool="").eval()
+    dense.load_state_dict({**model.state_dict(), **{k: v for k, v in dense.state_dict().items() if ".fc." in k}})
+    pooled = QTViT(tiny_architectures["b"], num_classes=7).eval()
+    pooled.load_state_dict(dense.state_dict())
+    torch.testing.assert_close(dense(x)[..., 2, 1], pooled.forward_head(one_position))
+
+
+@pytest.mark.parametrize("index", [0, 2, 4])
+def test_pruned_to_a_stage(index: int, tiny_architectures: Architectures, randomize: Randomize) -> None:
+    model = randomize(QTViT(tiny_architectures["b"]), 0).eval()
+    x = image(64, 96)
+    expected = model.forward_intermediates(x, indices=[index], intermediates_only=True)[0]
+    assert model.prune_intermediate_layers([index]) == [index]
+    assert (model.num_features, model.head_hidden_size, model.num_classes) == (expected.shape[1], expected.shape[1], 0)
+    torch.testing.assert_close(model.forward_features(x), expected)
+    torch.testing.assert_close(model(x), expected.mean((2, 3)))
+    model.reset_classifier(5)
+    assert model(x).shape == (1, 5)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -276,13 +303,15 @@ def test_forward_intermediates(tiny_architectures: Architectures, randomize: Ran
 def test_gradient_checkpointing_changes_nothing(tiny_architectures: Architectures, randomize: Randomize) -> None:
     model = randomize(QTViT(tiny_architectures["b"], num_classes=10), 0).train()
     state = {name: value.clone() for name, value in model.state_dict().items()}
-    grads = []
+    results = []
     for enable in (False, True):
         model.load_state_dict(state)
         model.set_grad_checkpointing(enable)
         x = image(64, 64, batch=2).requires_grad_()
-        grads.append(torch.autograd.grad(model(x).square().sum(), [x, *model.parameters()]))
-    for plain, checkpointed in zip(*grads, strict=True):
+        gradients = torch.autograd.grad(model(x).square().sum(), [x, *model.parameters()])
+        statistics = [buffer.clone() for buffer in model.buffers()]
+        results.append([*gradients, *statistics])
+    for plain, checkpointed in zip(*results, strict=True):
         torch.testing.assert_close(checkpointed, plain)
 
 
@@ -317,7 +346,7 @@ STATE_DICT_MODULES = """
     block.main.point_conv.conv block.main.point_conv.norm block.main.spatial_conv.conv block.main.spatial_conv.norm
     first.conv first.norm first.depth_conv.conv first.depth_conv.norm first.inverted_conv.conv first.inverted_conv.norm
     first.point_conv.conv first.point_conv.norm first.spatial_conv.conv first.spatial_conv.norm
-    head.classifier head.hidden head.in_conv.conv head.in_conv.norm head.norm
+    head.fc head.hidden head.in_conv.conv head.in_conv.norm head.norm
 """
 
 

@@ -105,7 +105,7 @@ def test_training_goes_on_from_a_run_with_other_classes(run: Path, photos: Path,
     assert main([*argv.split(), *options]) == 0
     before, after = (load_model(folder)[0] for folder in (run, output))
     torch.testing.assert_close(after.stages[0][0].conv.weight, before.stages[0][0].conv.weight, atol=1e-6, rtol=0)
-    assert after.head.classifier.out_features == 2
+    assert after.head.fc.out_features == 2
 
 
 def test_train_and_val_folders_with_worker_and_a_model_of_timm(photos: Path, tmp_path: Path) -> None:
