@@ -20,6 +20,6 @@ clean:
 
 .venv/%.stamp: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit("qtvit needs Python 3.10 or newer; try make PYTHON=python3.12") if sys.version_info < (3, 10) else None'
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[$*]'
 	touch $@

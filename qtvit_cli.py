@@ -39,9 +39,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     except USER_ERRORS as error:
         if debug:
             raise
-        print(f"qtvit: error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"qtvit: error: {_one_line(error)}", file=sys.stderr)
         return 2
     return 0
+
+
+def _one_line(error: Exception) -> str:
+    """The message of ``error``; of one that a loader process passed on, the message it was raised with."""
+    message = str(error) or type(error).__name__
+    if "Original Traceback" in message:
+        message = message.strip().splitlines()[-1].partition(": ")[2]
+    return " ".join(message.split())
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be 1 or more, got {number}")
+    return number
+
+
+def _new_file(text: str) -> Path:
+    path = Path(text)
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"{path} is a folder")
+    return path
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -68,19 +90,21 @@ def _parser() -> argparse.ArgumentParser:
     evaluation.add_argument(
         "--data", required=True, help="folder of CLASS/*.jpg, folder with val/CLASS/*.jpg, or digits"
     )
-    evaluation.add_argument("--batch-size", type=int, default=64)
-    evaluation.add_argument("--num-workers", type=int, default=0, help="processes that load images")
+    evaluation.add_argument("--batch-size", type=_positive, default=64)
+    evaluation.add_argument(
+        "--num-workers", type=int, help="processes that load images (default: one per core less one)"
+    )
     evaluation.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
-    evaluation.add_argument("--json", type=Path, metavar="FILE", help="also write the scores to FILE")
+    evaluation.add_argument("--json", type=_new_file, metavar="FILE", help="also write the scores to FILE")
     evaluation.set_defaults(command=evaluate)
 
     prediction = commands.add_parser("predict", help="label images with a trained model")
     prediction.add_argument("run", help="run folder or model file")
     prediction.add_argument("images", nargs="+", help="image files, or folders of them")
-    prediction.add_argument("--top-k", type=int, default=5, help="classes to show per image (default: 5)")
-    prediction.add_argument("--batch-size", type=int, default=32)
+    prediction.add_argument("--top-k", type=_positive, default=5, help="classes to show per image (default: 5)")
+    prediction.add_argument("--batch-size", type=_positive, default=32)
     prediction.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
-    prediction.add_argument("--json", type=Path, metavar="FILE", help="also write the predictions to FILE")
+    prediction.add_argument("--json", type=_new_file, metavar="FILE", help="also write the predictions to FILE")
     prediction.set_defaults(command=predict)
 
     models = commands.add_parser("models", help="list the models with size, cost and published accuracy")
@@ -108,7 +132,8 @@ def quickstart(args: argparse.Namespace) -> None:
     output = ["--output", args.output] if args.output else []
     summary = train_classifier(parse_config(["--recipe", "quickstart", "--device", args.device, *output]))
     _print_summary(summary)
-    command = "qtvit" if shutil.which("qtvit") else sys.argv[0]  # as make calls it, by its path
+    called = Path(sys.argv[0])  # make calls the command by its path
+    command = "qtvit" if shutil.which("qtvit") or called.name != "qtvit" else str(called)
     print(
         f"""
 Next, with your own images in folders named by class (photos/cat/1.jpg, photos/dog/2.jpg, …):
@@ -123,15 +148,20 @@ and with the model just trained:  {command} eval {summary.run} --data digits"""
 
 def evaluate(args: argparse.Namespace) -> None:
     """``qtvit eval``."""
+    from qtvit.data import DIGITS
     from qtvit.deploy import Predictor
     from qtvit.training.evaluate import evaluate as run_evaluation
     from qtvit.training.evaluate import held_out_samples
+    from qtvit.training.run import default_workers, set_threads
 
+    _make_parent(args.json)
     predictor = Predictor.load(args.run, args.device)
-    samples = held_out_samples(args.data, predictor.info)
-    evaluation = run_evaluation(predictor, samples, batch_size=args.batch_size, num_workers=args.num_workers)
-    scores = {"run": args.run, "data": args.data, "model": predictor.info.model, **evaluation.metrics()}
-    print(f"top-1 {scores['top1']:.2f} %   top-5 {scores['top5']:.2f} %   of {scores['num_images']} images")
+    samples, which = held_out_samples(args.data, predictor.info)
+    num_workers = default_workers(args.data == DIGITS) if args.num_workers is None else args.num_workers
+    set_threads(None, num_workers)
+    evaluation = run_evaluation(predictor, samples, batch_size=args.batch_size, num_workers=num_workers)
+    scores = {"run": args.run, "data": args.data, "images": which, **evaluation.metrics()}
+    print(f"top-1 {scores['top1']:.2f} %   top-5 {scores['top5']:.2f} %   of {scores['num_images']} images: {which}")
     if args.json:
         _write_json(args.json, scores)
 
@@ -143,6 +173,7 @@ def predict(args: argparse.Namespace) -> None:
     from qtvit.data import find_images
     from qtvit.deploy import Predictor
 
+    _make_parent(args.json)
     files: list[Path] = []
     for name in args.images:
         found = find_images(Path(name)) if Path(name).is_dir() else [Path(name)]
@@ -209,8 +240,16 @@ Done: {summary.run}
     )
 
 
+def _make_parent(path: Path | None) -> None:
+    """The folder of an output file, made before the work that the file is to hold."""
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+
+
 def _write_json(path: Path, content: object) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    from qtvit.files import write_text
+
+    write_text(path, json.dumps(content, indent=2) + "\n")
     print(f"written: {path}")
 
 

@@ -21,4 +21,4 @@ def resolve_device(name: str = "auto") -> torch.device:
         device = None
     if device is None or f"{device.type}:{device.index or 0}" not in [*available, "cpu:0"]:
         raise ValueError(f"no such device: {name!r}; this machine has: {', '.join(available)}")
-    return device
+    return torch.device("cpu") if device.type == "cpu" else device

@@ -11,10 +11,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from qtvit.files import temporary_name
 from qtvit.models import build_model
 from qtvit.version import __version__
 
 METADATA_KEY = "qtvit"
+WEIGHT_SOURCES = ("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir")
+"""Arguments of ``timm.create_model`` that say where weights come from; a model file holds its own."""
 BEST = "best.safetensors"
 """Name of the model file in a run folder."""
 
@@ -46,15 +49,18 @@ class ModelInfo:
 
 def save_model(path: Path, state_dict: dict[str, Tensor], info: ModelInfo) -> None:
     """Write the model file in one step: a crash leaves the old file or the new one."""
-    info = dataclasses.replace(info, version=__version__)
-    temporary = path.with_name(f".{path.name}.tmp")
+    model_args = {name: value for name, value in info.model_args.items() if name not in WEIGHT_SOURCES}
+    info = dataclasses.replace(info, model_args=model_args, version=__version__)
+    temporary = temporary_name(path)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state_dict.items()}
     save_file(tensors, temporary, metadata={METADATA_KEY: json.dumps(dataclasses.asdict(info))})
     os.replace(temporary, path)
 
 
-def load_model(path: str | Path) -> tuple[nn.Module, ModelInfo]:
+def load_model(path: str | Path, **model_args: Any) -> tuple[nn.Module, ModelInfo]:
     """The model in ``path``, a model file or a run folder, in evaluation mode on the CPU.
+
+    ``model_args`` are added to those it was built with, or replace them.
 
     Raises:
         FileNotFoundError: there is no such file, or no model file in the run folder.
@@ -68,6 +74,7 @@ def load_model(path: str | Path) -> tuple[nn.Module, ModelInfo]:
             )
         path = path / BEST
     state_dict, info = read_model_file(path)
+    info = dataclasses.replace(info, model_args={**info.model_args, **model_args})
     model = build_model(info.model, **info.model_args)
     try:
         model.load_state_dict(state_dict)
@@ -91,4 +98,7 @@ def read_model_file(path: Path) -> tuple[dict[str, Tensor], ModelInfo]:
         raise ValueError(
             f"{path}: a safetensors file, but not one that `qtvit train` wrote (no '{METADATA_KEY}' metadata)"
         )
-    return state_dict, ModelInfo(**json.loads(metadata))
+    try:
+        return state_dict, ModelInfo(**json.loads(metadata))
+    except (TypeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path}: written by another version of qtvit than this {__version__} ({error})") from error

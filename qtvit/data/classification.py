@@ -1,9 +1,10 @@
 """Images with one label each: from folders, or the embedded digits."""
 
-import random
+import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -11,21 +12,30 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from .images import ImageSource, find_images, open_image
+from .images import ImageSource, find_images, is_hidden, open_image
 
 Sample = tuple[ImageSource, int]
+TRAIN_FOLDERS = ("train", "training")
 VAL_FOLDERS = ("val", "valid", "validation", "test")
 DIGITS = "digits"
 
 
 @dataclass(frozen=True)
 class LabelledImages:
-    """Labelled images in two splits; labels index ``classes``."""
+    """Labelled images in two splits.
+
+    Attributes:
+        name: of the data.
+        classes: what the labels index.
+        train, val: the splits.
+        split: how ``val`` was held out, if it was: what `held_out_part` needs to do it again.
+    """
 
     name: str
     classes: tuple[str, ...]
     train: list[Sample]
     val: list[Sample]
+    split: dict[str, Any] = field(default_factory=dict)
 
 
 class ImageDataset(Dataset[tuple[Tensor, int]]):
@@ -53,53 +63,96 @@ def load_labelled_images(data: str, *, val_fraction: float = 0.2, seed: int = 0)
         FileNotFoundError: there is no such folder.
         ValueError: it holds no images, or not in one of these layouts, or the classes of the two splits do not match.
     """
+    split: dict[str, Any] = {"val_fraction": val_fraction, "seed": seed}
     if data == DIGITS:
-        return _digits(val_fraction, seed)
+        classes, samples = _digits()
+        train, val = stratified_split(samples, **split)
+        return LabelledImages(DIGITS, classes, train, val, {**split, "data": DIGITS})
     root = Path(data)
     if not root.is_dir():
         raise FileNotFoundError(
             f"{data}: no such folder (give a folder of images, or '{DIGITS}' for the built-in data)"
         )
-    if not (root / "train").is_dir():
+    name = root.resolve().name
+    train_root, val_root = _find_folder(root, TRAIN_FOLDERS), find_val_folder(root)
+    if train_root is None:
+        if val_root is not None:
+            raise ValueError(f"{root}: has {val_root.name}/ but no train/")
         classes, samples = _read_training_folder(root)
-        train, val = stratified_split(samples, val_fraction, seed)
-        return LabelledImages(root.resolve().name, classes, train, val)
-
-    val_root = next((root / name for name in VAL_FOLDERS if (root / name).is_dir()), None)
+        train, val = stratified_split(samples, root=root, **split)
+        return LabelledImages(name, classes, train, val, {**split, "trained_on": _fingerprints(train, root)})
     if val_root is None:
-        raise ValueError(f"{root}: has train/ but none of {', '.join(f'{name}/' for name in VAL_FOLDERS)}")
-    classes, train = _read_training_folder(root / "train")
-    val = read_split(val_root, classes)
-    return LabelledImages(root.resolve().name, classes, train, val)
+        raise ValueError(f"{root}: has {train_root.name}/ but none of {', '.join(f'{name}/' for name in VAL_FOLDERS)}")
+    classes, train = _read_training_folder(train_root)
+    return LabelledImages(name, classes, train, read_split(val_root, classes))
+
+
+def find_val_folder(root: Path) -> Path | None:
+    """The folder of held-out images in ``root``: the first there is of val, valid, validation, test, in any case."""
+    return _find_folder(root, VAL_FOLDERS)
 
 
 def read_split(folder: Path, classes: Sequence[str]) -> list[Sample]:
-    """The images of ``folder/CLASS/``, labelled by the given classes; a class folder that is not among them is an
-    error.
-    """
+    """The images of ``folder/CLASS/``, labelled by the given classes; a class folder not among them is an error."""
     found, samples = _read_class_folders(folder)
     if foreign := [name for name in found if name not in classes]:
         raise ValueError(f"{folder}: class folders that the model or train/ does not have: {', '.join(foreign[:5])}")
-    return [(path, classes.index(found[label])) for path, label in samples]
+    label_of = {name: label for label, name in enumerate(classes)}
+    return [(path, label_of[found[label]]) for path, label in samples]
 
 
-def stratified_split(samples: Sequence[Sample], val_fraction: float, seed: int) -> tuple[list[Sample], list[Sample]]:
-    """Hold out ``val_fraction`` of every class (at least one image, at most all but one) into a second list."""
+def stratified_split(
+    samples: Sequence[Sample], val_fraction: float, seed: int, root: Path | None = None
+) -> tuple[list[Sample], list[Sample]]:
+    """Hold out ``val_fraction`` of every class (at least one image, at most all but one) into a second list.
+
+    Who is held out follows from a hash of the seed and the path below ``root`` (or the position, without one). So it
+    does not change when the folder moves, and hardly when images are added or removed.
+    """
+
+    def order(item: tuple[int, Sample]) -> bytes:
+        position, (source, _) = item
+        name = source.relative_to(root).as_posix() if root and isinstance(source, Path) else str(position)
+        return hashlib.sha256(f"{seed}/{name}".encode()).digest()
+
     by_class: dict[int, list[Sample]] = {}
-    for sample in samples:
+    for _, sample in sorted(enumerate(samples), key=order):
         by_class.setdefault(sample[1], []).append(sample)
-    rng = random.Random(seed)
     train: list[Sample] = []
     val: list[Sample] = []
     for label in sorted(by_class):
         members = by_class[label]
         if len(members) < 2:
             raise ValueError(f"{members[0][0]!s}: the only image of its class; two or more are needed to hold some out")
-        rng.shuffle(members)
         num_val = min(max(round(len(members) * val_fraction), 1), len(members) - 1)
         val += members[:num_val]
         train += members[num_val:]
     return train, val
+
+
+def held_out_part(samples: Sequence[Sample], root: Path, split: dict[str, Any]) -> list[Sample] | None:
+    """Of the images below ``root``, those held out from a training on them; None if it was on other images.
+
+    ``split`` is that of the training's `LabelledImages`. It remembers some of the training images by path and size, so
+    that a moved, grown or thinned-out copy of the folder is recognised.
+    """
+    remembered = set(split.get("trained_on", []))
+    if len(remembered & set(_fingerprints(samples, root, limit=None))) * 2 <= len(remembered):
+        return None
+    return stratified_split(samples, split["val_fraction"], split["seed"], root)[1]
+
+
+def _fingerprints(samples: Sequence[Sample], root: Path, limit: int | None = 256) -> list[str]:
+    """Short hashes of path and size of the images, or of ``limit`` of them."""
+    names = (
+        f"{path.relative_to(root).as_posix()}:{path.stat().st_size}" for path, _ in samples if isinstance(path, Path)
+    )
+    return sorted(hashlib.sha256(name.encode()).hexdigest()[:12] for name in names)[:limit]
+
+
+def _find_folder(root: Path, names: Sequence[str]) -> Path | None:
+    folders = {path.name.lower(): path for path in root.iterdir() if path.is_dir()}
+    return next((folders[name] for name in names if name in folders), None)
 
 
 def _read_training_folder(root: Path) -> tuple[tuple[str, ...], list[Sample]]:
@@ -110,7 +163,7 @@ def _read_training_folder(root: Path) -> tuple[tuple[str, ...], list[Sample]]:
 
 
 def _read_class_folders(root: Path) -> tuple[tuple[str, ...], list[Sample]]:
-    classes = tuple(sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith(".")))
+    classes = tuple(sorted(p.name for p in root.iterdir() if p.is_dir() and not is_hidden(p.name)))
     samples: list[Sample] = []
     for label, name in enumerate(classes):
         files = find_images(root / name)
@@ -122,13 +175,10 @@ def _read_class_folders(root: Path) -> tuple[tuple[str, ...], list[Sample]]:
     return classes, samples
 
 
-def _digits(val_fraction: float, seed: int) -> LabelledImages:
+def _digits() -> tuple[tuple[str, ...], list[Sample]]:
     from sklearn.datasets import load_digits
 
     bunch = load_digits()
     pixels = (bunch.images * (255 / 16)).round().astype(np.uint8)
-    samples: list[Sample] = [
-        (Image.fromarray(image), int(label)) for image, label in zip(pixels, bunch.target, strict=True)
-    ]
-    train, val = stratified_split(samples, val_fraction, seed)
-    return LabelledImages(DIGITS, tuple(str(name) for name in bunch.target_names), train, val)
+    labelled = zip(pixels, bunch.target, strict=True)
+    return tuple(map(str, bunch.target_names)), [(Image.fromarray(image), int(label)) for image, label in labelled]

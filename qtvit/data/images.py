@@ -27,6 +27,10 @@ def open_image(source: ImageSource) -> Image.Image:
         return _to_rgb(source)
     if isinstance(source, (np.ndarray, Tensor)):
         return _from_array(source)
+    if not isinstance(source, (str, Path, bytes)):
+        raise ValueError(
+            f"an image given as {type(source).__name__}; expected a path, bytes, PIL image, array or tensor"
+        )
     name = "image bytes" if isinstance(source, bytes) else str(source)
     if not isinstance(source, bytes) and not Path(source).is_file():
         raise FileNotFoundError(f"{name}: no such image file")
@@ -35,13 +39,23 @@ def open_image(source: ImageSource) -> Image.Image:
             return _to_rgb(image)
     except UnidentifiedImageError:
         raise ValueError(f"{name}: not an image that can be read") from None
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"{name}: broken image ({error})") from error
 
 
 def find_images(folder: Path) -> list[Path]:
-    """All image files below ``folder``, sorted."""
-    return sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMG_EXTENSIONS and p.is_file())
+    """All image files below ``folder``, sorted, without hidden ones."""
+    return sorted(p for p in folder.rglob("*") if _is_image(p, folder))
+
+
+def _is_image(path: Path, folder: Path) -> bool:
+    hidden = any(is_hidden(part) for part in path.relative_to(folder).parts)
+    return not hidden and path.suffix.lower() in IMG_EXTENSIONS and path.is_file()
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder of this name is some program's own: .DS_Store, ._1.jpg, .ipynb_checkpoints, __MACOSX."""
+    return name.startswith(".") or name == "__MACOSX"
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

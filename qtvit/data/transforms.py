@@ -44,7 +44,9 @@ class EvalTransform(nn.Module):
 
     def forward(self, image: Image.Image) -> Tensor:
         cover_h, cover_w = (math.ceil(side / self.crop_pct) for side in self.size)
-        scale = max(cover_h / image.height, cover_w / image.width)
-        resized = [max(cover_h, int(image.height * scale)), max(cover_w, int(image.width * scale))]
+        if cover_h * image.width >= cover_w * image.height:  # the height is what has to be covered
+            resized = [cover_h, max(cover_w, int(cover_h * image.width / image.height))]
+        else:
+            resized = [max(cover_h, int(cover_w * image.height / image.width)), cover_w]
         image = tvf.center_crop(tvf.resize(image, resized, self.interpolation), list(self.size))
         return self.normalize(tvf.to_dtype(tvf.to_image(image), torch.float32, scale=True))

@@ -74,13 +74,15 @@ class Predictor:
         Raises:
             FileNotFoundError, ValueError: an image that is not there or cannot be read (see `qtvit.data.open_image`).
         """
-        if isinstance(images, list):
+        if isinstance(images, (list, tuple)):
             return list(self.iter_predict(images, top_k, batch_size))
         return next(self.iter_predict([images], top_k))
 
     @torch.inference_mode()
     def iter_predict(self, images: Sequence[ImageSource], top_k: int = 5, batch_size: int = 32) -> Iterator[Prediction]:
         """As `predict`, one result at a time."""
+        if top_k < 1 or batch_size < 1:
+            raise ValueError(f"top_k and batch_size must be 1 or more, got {top_k} and {batch_size}")
         transform = self.preprocess.transform()
         for start in range(0, len(images), batch_size):
             batch = images[start : start + batch_size]

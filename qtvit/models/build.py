@@ -24,7 +24,7 @@ def build_model(name: str, **model_args: Any) -> nn.Module:
         raise unknown_name("model", name, [*ARCHITECTURES, *timm.list_models()])
     try:
         return timm.create_model(name, **model_args)
-    except TypeError as error:
+    except (TypeError, AssertionError) as error:
         raise ValueError(f"model {name} cannot be built with {model_args}: {error}") from error
 
 

@@ -94,6 +94,14 @@ class AttentionBlock(nn.Module):
         return x
 
 
+@torch.no_grad()
+def _init_weights(module: nn.Module) -> None:
+    if isinstance(module, (nn.Conv2d, nn.Linear)):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
 class ClassifierHead(nn.Module):
     """1×1 convolution, global pool, hidden linear layer, classifier: (B, C, H, W) -> (B, num_classes).
 
@@ -127,7 +135,7 @@ class ClassifierHead(nn.Module):
         self.num_classes = num_classes
         weight = self.hidden.weight
         fc = nn.Linear(len(weight), num_classes) if num_classes > 0 else nn.Identity()
-        self.fc = fc.to(weight.device, weight.dtype).train(self.training)
+        self.fc = fc.apply(_init_weights).to(weight.device, weight.dtype).train(self.training)
 
     def forward(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         pooled = bool(self.global_pool.pool_type)
@@ -212,11 +220,7 @@ class QTViT(nn.Module):
         """Truncated normal 0.02 for convolutions and linear layers; every residual branch starts silent (last norm
         at 0).
         """
-        for module in self.modules():
-            if isinstance(module, (nn.Conv2d, nn.Linear)):
-                nn.init.trunc_normal_(module.weight, std=0.02)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+        self.apply(_init_weights)
         for name, module in self.named_modules():
             if name.endswith((".main", ".attn", ".local")):  # the residual branches
                 last_norm = [m for m in module.modules() if isinstance(m, nn.BatchNorm2d)][-1]

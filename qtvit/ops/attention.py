@@ -56,8 +56,11 @@ def linear_attention_cf(
     """
     _check_shapes(q, k, v)
     spec = get_kernel(kernel)
-    with _no_autocast(q.device.type):
-        f_q, f_k, const = spec.features(_upcast(q), _upcast(k), **_resolve_scalars(spec, scalars, q))
+    autocast = torch.amp.is_autocast_available(q.device.type) and torch.is_autocast_enabled(q.device.type)
+    upcast = _upcast if autocast else _upcast_saturating
+    with torch.autocast(q.device.type, enabled=False) if autocast else contextlib.nullcontext():
+        given = {name: upcast(value) for name, value in _resolve_scalars(spec, scalars, q).items()}
+        f_q, f_k, const = spec.features(upcast(q), upcast(k), **given)
         values = _upcast(v)
         # w_ij = <f_q_i, f_k_j> + const, summed over j before it meets the query: nothing here is N x M.
         numerator = (values @ f_k.mT) @ f_q + const * values.sum(-1, keepdim=True)
@@ -74,8 +77,13 @@ def _resolve_scalars(kernel: Kernel, given: Mapping[str, Tensor | float] | None,
     for name in given:
         if name not in known:
             raise unknown_name("kernel scalar", name, known)
-    values = {**kernel.scalars, **given}
-    return {name: _upcast(torch.as_tensor(value, device=like.device)) for name, value in values.items()}
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    return {
+        name: value.to(like.device)
+        if isinstance(value, Tensor)
+        else torch.tensor(value, device=like.device, dtype=dtype)
+        for name, value in {**kernel.scalars, **given}.items()
+    }
 
 
 def _check_shapes(q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -89,28 +97,31 @@ def _check_shapes(q: Tensor, k: Tensor, v: Tensor) -> None:
 
 
 def _upcast(x: Tensor) -> Tensor:
-    if x.dtype == torch.float16 and x.requires_grad:
-        return _SaturatingCast.apply(x)
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _upcast_saturating(x: Tensor) -> Tensor:
+    return _SaturatingCast.apply(x) if x.dtype == torch.float16 and x.requires_grad else _upcast(x)
 
 
 class _SaturatingCast(torch.autograd.Function):
     """fp16 -> fp32 whose gradient saturates at fp16's largest number instead of turning infinite.
 
-    The gradient of a kernel that ignores the length of its input, as u(x) does, grows as 1/‖x‖.
+    The gradient of a kernel that ignores the length of its input, as u(x) does, grows as 1/‖x‖. Under autocast the
+    gradient is left infinite, as a loss scaler has to see it to back off.
     """
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
+    def forward(x: Tensor) -> Tensor:
         return x.float()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        pass
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         largest = torch.finfo(torch.float16).max
         return grad.clamp(-largest, largest).half()
-
-
-def _no_autocast(device_type: str) -> contextlib.AbstractContextManager[object]:
-    if torch.amp.is_autocast_available(device_type):
-        return torch.autocast(device_type, enabled=False)
-    return contextlib.nullcontext()

@@ -18,6 +18,7 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
 from qtvit.errors import unknown_name
+from qtvit.files import write_text
 
 
 @dataclass
@@ -27,8 +28,8 @@ class OptimConfig:
     Args:
         weight_decay: of AdamW; not applied to norms and biases.
         betas: of AdamW.
-        warmup_epochs: epochs over which the learning rate rises linearly, the first of ``epochs``; then it falls
-            along a cosine.
+        warmup_epochs: epochs over which the learning rate rises linearly, the first of ``epochs`` (at most
+            half of them); then it falls along a cosine.
         grad_clip: largest absolute value of a gradient entry; null to not clip.
         label_smoothing: probability mass spread over all classes.
     """
@@ -41,6 +42,7 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         _require(self.weight_decay >= 0, "optim.weight_decay", self.weight_decay, "0 or more")
+        _require(all(0 <= beta < 1 for beta in self.betas), "optim.betas", self.betas, "two numbers from 0 to below 1")
         _require(self.warmup_epochs >= 0, "optim.warmup_epochs", self.warmup_epochs, "0 or more")
         _require(
             self.grad_clip is None or self.grad_clip > 0, "optim.grad_clip", self.grad_clip, "more than 0, or null"
@@ -59,7 +61,7 @@ class AugmentConfig:
         vflip: probability of a vertical flip.
         color_jitter: strength of brightness, contrast and saturation jitter; without effect beside auto_augment.
         auto_augment: timm's augmentation string, such as rand-m9-mstd0.5-inc1; null for none.
-        interpolation: of the resize (bilinear, bicubic, nearest, …), or random.
+        interpolation: of the resize.
         random_erasing: probability of erasing a rectangle.
     """
 
@@ -69,12 +71,13 @@ class AugmentConfig:
     vflip: float = 0.0
     color_jitter: float = 0.3
     auto_augment: str | None = None
-    interpolation: str = "random"
+    interpolation: Literal["random", "nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"] = "random"
     random_erasing: float = 0.0
 
     def __post_init__(self) -> None:
         _require(0 < self.scale[0] <= self.scale[1] <= 1, "augment.scale", self.scale, "0 < min <= max <= 1")
         _require(0 < self.ratio[0] <= self.ratio[1], "augment.ratio", self.ratio, "0 < min <= max")
+        _require(self.color_jitter >= 0, "augment.color_jitter", self.color_jitter, "0 or more")
         for name in ("hflip", "vflip", "random_erasing"):
             _require(0 <= getattr(self, name) <= 1, f"augment.{name}", getattr(self, name), "a probability from 0 to 1")
 
@@ -87,7 +90,8 @@ class TrainConfig:
         data: folder with train/CLASS and val/CLASS (or CLASS alone, then a part is held out), or digits for the
             built-in data.
         model: qtvit_nano, qtvit_0 … qtvit_6 (see qtvit models), or any of timm's models.
-        img_size: side of the training and evaluation images, or HEIGHTxWIDTH such as 160x256; default: the model's own.
+        img_size: side of the training and evaluation images, or HEIGHTxWIDTH such as 160x256; default: the
+            checkpoint's or the model's own.
         epochs: passes over the training images.
         batch_size: images per step.
         lr: peak learning rate.
@@ -137,6 +141,8 @@ class TrainConfig:
         _require(self.num_workers is None or self.num_workers >= 0, "num_workers", self.num_workers, "0 or more")
         _require(self.num_threads is None or self.num_threads >= 1, "num_threads", self.num_threads, "1 or more")
         _require(self.bn_images >= 0, "bn_images", self.bn_images, "0 or more")
+        for name in ("num_classes", "in_chans"):
+            _require(name not in self.model_args, f"model_args.{name}", self.model_args.get(name), "left to the data")
         self.image_shape()
 
     def image_shape(self) -> tuple[int, int] | None:
@@ -177,7 +183,7 @@ def parse_config(argv: list[str]) -> TrainConfig:
 
 def save_config(config: TrainConfig, path: Path) -> None:
     """Write the resolved configuration, a YAML file that ``--recipe`` takes."""
-    path.write_text(yaml.safe_dump(asdict(config), sort_keys=False), encoding="utf-8")
+    write_text(path, yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True))
 
 
 def recipe_names() -> list[str]:

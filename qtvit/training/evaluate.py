@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from qtvit.checkpoints import ModelInfo
 from qtvit.data import DIGITS, ImageDataset, load_labelled_images, read_split
-from qtvit.data.classification import VAL_FOLDERS, Sample
+from qtvit.data.classification import Sample, find_val_folder, held_out_part
 from qtvit.deploy import Predictor
 
 
@@ -54,26 +54,29 @@ class Evaluation:
         }
 
 
-def held_out_samples(data: str, info: ModelInfo) -> list[Sample]:
-    """The labelled images of ``data`` that the model has not been trained on.
+def held_out_samples(data: str, info: ModelInfo) -> tuple[list[Sample], str]:
+    """The labelled images of ``data`` to score a model on, and in words which they are.
 
     Of a folder with val/CLASS (or valid, validation, test) those; of a folder of CLASS alone all images, unless the
-    model was trained on a part of this very folder: then the part that was held out. The same goes for "digits".
+    model was trained on a part of these very images: then the part that was held out. The same goes for "digits".
 
     Raises:
         FileNotFoundError, ValueError: as `qtvit.data.load_labelled_images`, or classes that the model does not have.
     """
-    root = Path(data)
-    if data == info.split.get("data") or (data != DIGITS and str(root.resolve()) == info.split.get("data")):
-        images = load_labelled_images(data, val_fraction=info.split["val_fraction"], seed=info.split["seed"])
-        if list(images.classes) == list(info.classes):
-            return images.val
     if data == DIGITS:
-        raise ValueError(f"the digits are not what {info.model} was trained on ({', '.join(info.classes[:5])}, …)")
+        if info.split.get("data") != DIGITS:
+            raise ValueError(f"the digits are not what {info.model} was trained on ({', '.join(info.classes[:5])}, …)")
+        digits = load_labelled_images(data, val_fraction=info.split["val_fraction"], seed=info.split["seed"])
+        return digits.val, "the digits held out from training"
+    root = Path(data)
     if not root.is_dir():
         raise FileNotFoundError(f"{data}: no such folder")
-    folder = next((root / name for name in VAL_FOLDERS if (root / name).is_dir()), root)
-    return read_split(folder, info.classes)
+    folder = find_val_folder(root) or root
+    samples = read_split(folder, info.classes)
+    held_out = held_out_part(samples, folder, info.split)
+    if held_out is not None:
+        return held_out, f"the part of {folder} held out from training ({len(samples)} images in all)"
+    return samples, f"all images in {folder}"
 
 
 @torch.inference_mode()

@@ -51,6 +51,13 @@ def test_weights_that_do_not_fit(info: ModelInfo, tmp_path: Path) -> None:
     assert "\n" not in str(error.value)
 
 
+def test_a_file_of_another_version(info: ModelInfo, tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    save_file({"a": torch.zeros(1)}, path, metadata={"qtvit": '{"model": "qtvit_1", "novelty": 1}'})
+    with pytest.raises(ValueError, match="another version of qtvit"):
+        load_model(path)
+
+
 def test_files_that_are_no_model_files(tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
     path.write_bytes(b"")

@@ -36,6 +36,28 @@ def test_train_and_val_folders(tmp_path: Path, val: str) -> None:
     assert [label for _, label in data.val] == [1, 1]
 
 
+def test_split_folders_in_any_case_and_without_hidden_files(tmp_path: Path) -> None:
+    for part in ("Train", "VAL"):
+        for name in ("cat", "dog", "__MACOSX", ".thumbnails"):
+            make_images(tmp_path / part / name, 2)
+        (tmp_path / part / "cat" / "._0.png").touch()
+        make_images(tmp_path / part / "cat" / ".ipynb_checkpoints", 1)
+    data = load_labelled_images(str(tmp_path))
+    assert data.classes == ("cat", "dog")
+    assert (len(data.train), len(data.val)) == (4, 4)
+
+
+def test_who_is_held_out_hardly_changes_when_images_are_added(tmp_path: Path) -> None:
+    make_images(tmp_path / "cat", 40)
+    make_images(tmp_path / "dog", 40)
+    before = set(load_labelled_images(str(tmp_path)).val)
+    for i in range(100, 105):
+        Image.new("RGB", (8, 8)).save(tmp_path / "cat" / f"{i}.png")
+    after = set(load_labelled_images(str(tmp_path)).val)
+    assert len(before - after) <= 1
+    assert {s for s in before if s[1] == 1} == {s for s in after if s[1] == 1}
+
+
 def test_split_keeps_an_image_of_every_class_on_both_sides() -> None:
     train, val = stratified_split([("a", 0), ("b", 0), *((str(i), 1) for i in range(9))], 0.01, seed=0)
     assert Counter(label for _, label in train) == {0: 1, 1: 8}

@@ -7,7 +7,7 @@ from torchvision import transforms
 from qtvit.data import Preprocess
 
 
-@pytest.mark.parametrize("shape", [(50, 70), (70, 50), (64, 64), (31, 200)])
+@pytest.mark.parametrize("shape", [(50, 70), (70, 50), (64, 64), (31, 200), (101, 202)])
 @pytest.mark.parametrize("crop_pct", [0.95, 1.0])
 def test_square_sizes_follow_the_published_protocol(shape: tuple[int, int], crop_pct: float) -> None:
     rng = np.random.default_rng(0)

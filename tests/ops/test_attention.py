@@ -234,3 +234,27 @@ def test_fp16_gradient_of_a_scalar_stays_finite() -> None:
     linear_attention(q, k, v, "taylor2", {"c": c}).float().sum().backward()
     assert c.grad is not None
     assert c.grad.isfinite()
+
+
+def test_fp16_gradients_under_autocast_overflow_for_the_loss_scaler_to_see() -> None:
+    q = torch.full((1, 1, 2, 2), 1e-6, dtype=torch.float16)
+    q[..., 0] *= 2
+    q.requires_grad_()
+    k, v = torch.eye(2).half()[None, None], torch.tensor([[[[0.0], [1000.0]]]]).half()
+    for enabled, finite in ((True, False), (False, True)):
+        with torch.autocast("cpu", torch.float16, enabled=enabled):
+            out = linear_attention(q, k, v)
+        (grad,) = torch.autograd.grad(out.float().sum(), q)
+        assert bool(grad.isfinite().all()) == finite
+
+
+def test_fp16_works_under_functorch() -> None:
+    q, k, v = torch.randn(3, 1, 2, 5, 4).half()
+    grad = torch.func.grad(lambda x: linear_attention(x, k, v).float().sum())(q)
+    assert grad.shape == q.shape
+
+
+def test_float_scalars_keep_float64() -> None:
+    q, k, v = torch.randn(3, 1, 2, 5, 4, dtype=torch.float64)
+    reference = reference_attention(q, k, v, c=0.7)
+    torch.testing.assert_close(linear_attention(q, k, v, scalars={"c": 0.7}), reference, rtol=1e-12, atol=1e-12)

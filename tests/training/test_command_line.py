@@ -1,18 +1,23 @@
 """The commands as a user types them, run in-process; true subprocesses only where the process itself is the point."""
 
+import dataclasses
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 import yaml
 from PIL import Image
 
 import qtvit
 from qtvit.checkpoints import load_model
+from qtvit.data import load_labelled_images
+from qtvit.training.evaluate import held_out_samples
 from qtvit_cli import main
 
 from .conftest import COLORS, draw
@@ -37,15 +42,17 @@ def test_the_model_file_says_how_to_use_it(run: Path, photos: Path) -> None:
     assert (info.model, info.classes, info.task) == ("qtvit_nano", ["blue", "green", "red"], "classify")
     assert info.preprocess["size"] == [12, 16]
     assert {"crop_pct", "mean", "std", "interpolation"} <= set(info.preprocess)
-    assert info.split == {"data": str(photos.resolve()), "seed": 0, "val_fraction": 0.2}
+    assert {"val_fraction": 0.2, "seed": 0}.items() <= info.split.items()
+    assert str(photos.parent) not in json.dumps(dataclasses.asdict(info))
     assert info.version == qtvit.__version__
 
 
-def test_the_saved_config_repeats_the_run(run: Path, tmp_path: Path) -> None:
+def test_the_saved_config_repeats_the_run(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = yaml.safe_load((run / "config.yaml").read_text())
     assert (config["epochs"], config["img_size"]) == (12, "12x16")
-    assert main(["train", "classify", "--recipe", str(run / "config.yaml"), "--output", str(tmp_path / "again")]) == 0
-    weights, again = (load_model(folder)[0].state_dict() for folder in (run, tmp_path / "again"))
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", "classify", "--recipe", str(run / "config.yaml")]) == 0
+    weights, again = (load_model(folder)[0].state_dict() for folder in (run, "runs/qtvit_nano-photos"))
     for name, tensor in weights.items():
         torch.testing.assert_close(again[name], tensor, msg=lambda text, name=name: f"{name}: {text}")
 
@@ -58,6 +65,22 @@ def test_eval_scores_the_held_out_part(
     scores = json.loads(out.read_text())
     assert (scores["top1"], scores["num_images"]) == (100, 6)
     assert "top-1 100.00 %" in capsys.readouterr().out
+
+
+def test_eval_knows_the_training_images_in_a_moved_and_changed_folder(
+    run: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = {Path(path).name for path, label in load_labelled_images(str(photos)).val if label == 0}
+    moved = tmp_path / "elsewhere"
+    shutil.copytree(photos, moved)
+    shutil.rmtree(moved / "red")
+    draw(moved / "blue" / "new.png", COLORS["blue"], 3)
+    samples, which = held_out_samples(str(moved), load_model(run)[1])
+    assert "held out from training" in which
+    assert len([name for name, label in samples if label == 0 and Path(name).name not in before]) <= 1
+    assert len(samples) == 4
+    assert main(["eval", str(run), "--data", str(moved)]) == 0
+    assert "of 4 images: the part of" in capsys.readouterr().out
 
 
 def test_eval_on_other_images_counts_all_of_them(run: Path, tmp_path: Path) -> None:
@@ -88,10 +111,14 @@ def test_predict_from_python(run: Path, photos: Path) -> None:
     assert one.label == "green"
     assert sum(one.probabilities) == pytest.approx(1, abs=1e-6)
     array = np.asarray(Image.open(path))
-    for other in predictor.predict([str(path), path.read_bytes(), Image.open(path), array], batch_size=3):
+    for other in predictor.predict((str(path), path.read_bytes(), Image.open(path), array), batch_size=3):
         assert other.labels == one.labels
         assert other.probabilities == pytest.approx(one.probabilities, abs=1e-5)
     assert len(predictor.predict(path, top_k=1).labels) == 1
+    with pytest.raises(ValueError, match="top_k and batch_size must be 1 or more, got 0 and 32"):
+        predictor.predict(path, top_k=0)
+    with pytest.raises(ValueError, match="given as int"):
+        predictor.predict(3)
 
 
 def test_training_goes_on_from_a_run_with_other_classes(run: Path, photos: Path, tmp_path: Path) -> None:
@@ -99,13 +126,25 @@ def test_training_goes_on_from_a_run_with_other_classes(run: Path, photos: Path,
         (tmp_path / "two" / name).mkdir(parents=True)
         for file in (photos / name).iterdir():
             (tmp_path / "two" / name / file.name).write_bytes(file.read_bytes())
-    argv = f"train classify --model qtvit_nano --data {tmp_path / 'two'} --img-size 12x16 --epochs 1 --batch-size 8"
+    argv = f"train classify --model qtvit_nano --data {tmp_path / 'two'} --epochs 1 --batch-size 8"
     output = tmp_path / "tuned"
     options = ["--checkpoint", str(run), "--num-workers", "0", "--lr", "1e-9", "--output", str(output)]
+    options += ["--model-args.drop_path_rate", "0.1"]
     assert main([*argv.split(), *options]) == 0
     before, after = (load_model(folder)[0] for folder in (run, output))
     torch.testing.assert_close(after.stages[0][0].conv.weight, before.stages[0][0].conv.weight, atol=1e-6, rtol=0)
     assert after.head.fc.out_features == 2
+    assert qtvit.load(output).preprocess == qtvit.load(run).preprocess
+
+
+def test_weights_that_timm_loaded_are_in_the_model_file(photos: Path, tmp_path: Path) -> None:
+    weights = tmp_path / "weights.pth"
+    torch.save(timm.create_model("qtvit_nano", num_classes=3).state_dict(), weights)
+    argv = f"train classify --model qtvit_nano --data {photos} --epochs 1 --batch-size 8 --num-workers 0 --bn-images 8"
+    output = tmp_path / "run"
+    assert main([*argv.split(), "--model-args.checkpoint_path", str(weights), "--output", str(output)]) == 0
+    weights.unlink()
+    assert qtvit.load(output).predict(photos / "red" / "0.png").labels
 
 
 def test_train_and_val_folders_with_worker_and_a_model_of_timm(photos: Path, tmp_path: Path) -> None:
@@ -176,6 +215,12 @@ def mistakes() -> list[tuple[str, str]]:
         (f"{train} --data {{photos}} --model qtvit_9", "unknown model 'qtvit_9'; did you mean qtvit_6"),
         (f"{train} --data {{photos}} --model-args.kernal relu", "unexpected keyword argument 'kernal'"),
         (f"{train} --data {{photos}} --model-args.kernel taylor3", "did you mean taylor2"),
+        (f"{train} --data {{photos}} --model-args.num_classes 7", "--model-args.num-classes must be left to the data"),
+        (f"{train} --data {{photos}} --model vit_tiny_patch16_224 --model-args.depth x", "cannot be built with"),
+        (f"{train} --data {{photos}} --augment.auto-augment foo", "--augment.auto-augment 'foo' is not one of timm's"),
+        (f"{train} --data {{photos}} --augment.interpolation foo", "--augment.interpolation: Expected a Literal"),
+        (f"{train} --data {{photos}} --optim.betas [0.9,2]", "--optim.betas must be two numbers"),
+        (f"{train} --data {{splits}}", "has validation/ but no train/"),
         (f"{train} --data {{photos}} --epohs 3", "unknown option '--epohs'; did you mean --epochs"),
         (f"{train} --data {{photos}} --recipe quikstart", "did you mean quickstart"),
         (f"{train} --data {{photos}} --device cuda:99", "no such device: 'cuda:99'; this machine has: cpu"),
@@ -205,7 +250,9 @@ def test_mistakes_get_one_line_and_exit_code_2(
 ) -> None:
     (tmp_path / "empty").mkdir()
     draw(tmp_path / "foreign" / "cow" / "1.png", COLORS["red"], 0)
-    folders = {"run": run, "photos": photos, "empty": tmp_path / "empty", "foreign": tmp_path / "foreign"}
+    for part in ("validation", "Testing"):
+        draw(tmp_path / "splits" / part / "red" / "1.png", COLORS["red"], 0)
+    folders = {name: tmp_path / name for name in ("empty", "foreign", "splits")} | {"run": run, "photos": photos}
     output = ["--output", str(tmp_path / "out")] if "train" in command and "--output" not in command else []
     assert main([*command.format(**folders).split(), *output]) == 2
     captured = capsys.readouterr()
@@ -213,6 +260,33 @@ def test_mistakes_get_one_line_and_exit_code_2(
     assert captured.err.startswith("qtvit: error: ")
     assert captured.err.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("num_workers", ["0", "1"])
+def test_a_broken_image_is_named_whoever_reads_it(
+    num_workers: str, photos: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(photos, tmp_path / "broken")
+    (tmp_path / "broken" / "red" / "0.png").write_text("not a picture")
+    (tmp_path / "broken" / "green" / "1.png").write_text("not a picture")
+    argv = f"train classify --model qtvit_nano --data {tmp_path / 'broken'} --img-size 8 --epochs 1 --batch-size 8"
+    assert main([*argv.split(), "--num-workers", num_workers, "--output", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert "png: not an image that can be read" in error
+    assert "Traceback" not in error
+    assert error.count("\n") == 1
+
+
+def test_options_out_of_range_are_refused_before_any_work(run: Path, tmp_path: Path) -> None:
+    for option in (["--top-k", "0"], ["--batch-size", "-1"], ["--json", str(tmp_path)]):
+        with pytest.raises(SystemExit):
+            main(["predict", str(run), "x.jpg", *option])
+
+
+def test_json_makes_its_folder(run: Path, photos: Path, tmp_path: Path) -> None:
+    out = tmp_path / "new" / "scores.json"
+    assert main(["eval", str(run), "--data", str(photos), "--json", str(out)]) == 0
+    assert json.loads(out.read_text())["num_images"] == 6
 
 
 @pytest.mark.parametrize("argv", [["fly"], ["train"], ["train", "fly"], ["eval"], ["models", "--jsn"]])
