@@ -8,7 +8,7 @@ Shapes: B batch, C channels, H x W image or feature map. The network takes any H
 """
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -24,6 +24,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from qtvit.layers import ConvNormAct, ConvPair, DSConv, FusedMBConv, MBConv, MultiScaleAttention, Residual
+
+from .released import checkpoint_filter_fn, released_name
 
 
 @dataclass(frozen=True)
@@ -217,9 +219,7 @@ class QTViT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Truncated normal 0.02 for convolutions and linear layers; every residual branch starts silent (last norm
-        at 0).
-        """
+        """Truncated normal 0.02 for convolutions and linear layers; the last norm of a residual branch starts at 0."""
         self.apply(_init_weights)
         for name, module in self.named_modules():
             if name.endswith((".main", ".attn", ".local")):  # the residual branches
@@ -372,63 +372,6 @@ def _residual_block(
             )
             local = MBConv(width, width, expand=stage.expand, fewer_norm=stage.fewer_norm, **common)
             return AttentionBlock(attn, local, next(drop_paths), next(drop_paths))
-
-
-# Released checkpoints
-
-_ATTENTION_NAMES = {
-    "scalars.c": "ones_scale1",
-    "scalars.": "scalars.",  # of kernels that were not released
-    "pos_embed": "positional_encoding",
-    "qkv.": "qkv.conv.",
-    "aggregate.": "aggreg.0.",
-    "shortcut_norm.": "bn.",
-    "proj.": "proj.",
-}
-_HEAD_NAMES = {
-    "in_conv.": "head.op_list.0.",
-    "hidden.": "head.op_list.2.linear.",
-    "norm.": "head.op_list.2.norm.",
-    "fc.": "head.op_list.3.linear.",
-}
-
-
-def released_name(key: str, cfg: Architecture) -> str:
-    """The name in the authors' checkpoints of the entry ``key`` of our state dict.
-
-    Their family B counts the stem apart from the stages, their family L does not.
-    """
-    if key.startswith("head."):
-        return _replace_prefix(key.removeprefix("head."), _HEAD_NAMES)
-    match = re.fullmatch(r"stages\.(\d+)\.(\d+)\.(.+)", key)
-    if match is None:
-        raise ValueError(f"{key!r} is no entry of a QTViT state dict")
-    stage, block, name = int(match[1]), int(match[2]), match[3]
-    if cfg.stages[0].block == "ds":
-        prefix = "backbone.input_stem" if stage == 0 else f"backbone.stages.{stage - 1}"
-    else:
-        prefix = f"backbone.stages.{stage}"
-    if name.startswith("attn."):
-        name = "context_module.main." + _replace_prefix(name.removeprefix("attn."), _ATTENTION_NAMES)
-    elif name.startswith("local."):
-        name = name.replace("local.", "local_module.main.", 1)
-    elif block == 0 and stage > 0:
-        name = f"main.{name}"
-    return f"{prefix}.op_list.{block}.{name}"
-
-
-def _replace_prefix(name: str, table: Mapping[str, str]) -> str:
-    for ours, theirs in table.items():
-        if name.startswith(ours):
-            return theirs + name.removeprefix(ours)
-    raise ValueError(f"no released counterpart for {name!r}")
-
-
-def checkpoint_filter_fn(state_dict: dict[str, Any], model: QTViT) -> dict[str, Tensor]:
-    """A state dict with our names from one with ours or with the release's; names that are neither stay as they are."""
-    state_dict = state_dict.get("state_dict", state_dict)
-    ours = {released_name(key, model.cfg): key for key in model.state_dict()}
-    return {ours.get(key, key): value for key, value in state_dict.items()}
 
 
 # Variants

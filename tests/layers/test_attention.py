@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from qtvit.layers import MultiScaleAttention
-from qtvit.models.qtvit import _ATTENTION_NAMES
+from qtvit.models.released import _ATTENTION_NAMES
 from qtvit.ops import reference_attention
 
 GOLDEN = Path(__file__).parents[1] / "golden"
