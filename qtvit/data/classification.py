@@ -10,9 +10,8 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from .images import ImageSource, find_images, is_hidden, open_image
+from .images import IMAGE_SUFFIXES, ImageSource, find_images, is_hidden, open_image
 
 Sample = tuple[ImageSource, int]
 TRAIN_FOLDERS = ("train", "training")
@@ -168,7 +167,7 @@ def _read_class_folders(root: Path) -> tuple[tuple[str, ...], list[Sample]]:
     for label, name in enumerate(classes):
         files = find_images(root / name)
         if not files:
-            raise ValueError(f"{root / name}: no images in this class folder (looked for {', '.join(IMG_EXTENSIONS)})")
+            raise ValueError(f"{root / name}: no images in this class folder (looked for {', '.join(IMAGE_SUFFIXES)})")
         samples += [(path, label) for path in files]
     if not classes:
         raise ValueError(f"{root}: no class folders; expected {root.name}/CLASS/*.jpg")

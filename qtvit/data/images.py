@@ -11,6 +11,9 @@ from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import functional as tvf
 
+IMAGE_SUFFIXES = (*IMG_EXTENSIONS, ".gif", ".avif", ".jfif", ".jp2")
+"""What counts as an image file in a folder."""
+
 ImageSource = str | Path | bytes | Image.Image | np.ndarray | Tensor
 """A file, encoded bytes, a PIL image, an (H, W[, C]) array or a (C, H, W) tensor; uint8, or floats from 0 to 1."""
 
@@ -50,7 +53,7 @@ def find_images(folder: Path) -> list[Path]:
 
 def _is_image(path: Path, folder: Path) -> bool:
     hidden = any(is_hidden(part) for part in path.relative_to(folder).parts)
-    return not hidden and path.suffix.lower() in IMG_EXTENSIONS and path.is_file()
+    return not hidden and path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()
 
 
 def is_hidden(name: str) -> bool:

@@ -100,9 +100,9 @@ def test_arrays_that_are_no_images(array: object, message: str) -> None:
 
 def test_find_images_looks_below_and_sorts(picture: Image.Image, tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
-    for name in ("b.JPG", "a/c.png", "a/notes.txt"):
+    for name in ("b.JPG", "a/c.png", "d.gif", "a/notes.txt"):
         if name.endswith("txt"):
             (tmp_path / name).write_text("x")
         else:
             picture.save(tmp_path / name)
-    assert [p.name for p in find_images(tmp_path)] == ["c.png", "b.JPG"]
+    assert [p.name for p in find_images(tmp_path)] == ["c.png", "b.JPG", "d.gif"]
