@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from qtvit.files import temporary_name
@@ -32,7 +32,7 @@ class ModelInfo:
         classes: names in the order of the outputs.
         preprocess: fields of ``qtvit.data.Preprocess``.
         metrics: scores on the held-out images.
-        split: what it was trained on and how images were held out: ``data``, ``seed``, ``val_fraction``.
+        split: how images were held out from training, see `qtvit.data.LabelledImages`; empty if they came apart.
         task: "classify".
         version: of the qtvit that wrote it.
     """
@@ -91,7 +91,7 @@ def read_model_file(path: Path) -> tuple[dict[str, Tensor], ModelInfo]:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = (file.metadata() or {}).get(METADATA_KEY)
-            state_dict = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+        state_dict = load_file(path)
     except SafetensorError as error:
         raise ValueError(f"{path}: not a safetensors file ({error})") from error
     if metadata is None:

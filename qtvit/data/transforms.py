@@ -13,7 +13,7 @@ from torchvision.transforms.v2 import functional as tvf
 
 @dataclass(frozen=True)
 class Preprocess:
-    """The evaluation protocol: resize so that ``size / crop_pct`` is covered, centre crop, normalise (PAPER: §3).
+    """The evaluation protocol: resize so that ``size / crop_pct`` is covered, centre crop, normalise.
 
     Attributes:
         size: (H, W) of the network's input.

@@ -11,8 +11,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from qtvit.errors import unknown_name
 
-from .qtvit import ARCHITECTURES
-
 
 def build_model(name: str, **model_args: Any) -> nn.Module:
     """``timm.create_model`` with one-line errors: any of our models or timm's, arguments as for timm.
@@ -21,7 +19,7 @@ def build_model(name: str, **model_args: Any) -> nn.Module:
         ValueError: there is no such model, or it does not take these arguments.
     """
     if not timm.is_model(name):
-        raise unknown_name("model", name, [*ARCHITECTURES, *timm.list_models()])
+        raise unknown_name("model", name, timm.list_models())
     try:
         return timm.create_model(name, **model_args)
     except (TypeError, AssertionError) as error:

@@ -212,7 +212,10 @@ def mistakes() -> list[tuple[str, str]]:
         (f"{train} --data nowhere", "nowhere: no such folder"),
         (f"{train} --data {{empty}}", "no class folders"),
         (f"{train} --data {{photos}}/red", "no class folders"),
-        (f"{train} --data {{photos}} --model qtvit_9", "unknown model 'qtvit_9'; did you mean qtvit_6"),
+        (
+            f"{train} --data {{photos}} --model qtvit_9",
+            "unknown model 'qtvit_9'; did you mean qtvit_6 or qtvit_5 or qtvit_4?",
+        ),
         (f"{train} --data {{photos}} --model-args.kernal relu", "unexpected keyword argument 'kernal'"),
         (f"{train} --data {{photos}} --model-args.kernel taylor3", "did you mean taylor2"),
         (f"{train} --data {{photos}} --model-args.num_classes 7", "--model-args.num-classes must be left to the data"),
