@@ -2,5 +2,6 @@
 
 from .attention import MultiScaleAttention
 from .conv import ConvNormAct, ConvPair, DSConv, FusedMBConv, MBConv, Residual
+from .lean import recompute
 
-__all__ = ["ConvNormAct", "ConvPair", "DSConv", "FusedMBConv", "MBConv", "MultiScaleAttention", "Residual"]
+__all__ = ["ConvNormAct", "ConvPair", "DSConv", "FusedMBConv", "MBConv", "MultiScaleAttention", "Residual", "recompute"]

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from qtvit.ops import get_kernel, linear_attention_cf
 
 from .conv import ConvNormAct
+from .lean import norm_act
 
 
 class MultiScaleAttention(nn.Module):
@@ -46,6 +47,7 @@ class MultiScaleAttention(nn.Module):
         )
         self.pos_embed = nn.Parameter(torch.zeros(1, self.num_scales * chans, *map_size))
         self.shortcut_norm = nn.BatchNorm1d(head_dim, eps=norm_eps)
+        self.shortcut_act = nn.GELU()
         self.proj = ConvNormAct(self.num_scales * chans, chans, 1, norm_eps=norm_eps)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -56,11 +58,13 @@ class MultiScaleAttention(nn.Module):
         return self.proj(out.flatten(1, 2).unflatten(-1, x.shape[-2:]))
 
     def multi_scale_qkv(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(B, C, H, W) -> q, k, v, each (B, S·heads, D, N); keys are still without position."""
+        """(B, C, H, W) -> q, k, v, each (B, S·heads, D, N); keys are still without position.
+
+        They are views of one tensor, which lies as it is indexed whatever the memory format of x: so none is copied.
+        """
         qkv = self.qkv(x)
-        multi_scale = torch.cat([qkv, self.aggregate(qkv)], 1)
-        per_head = multi_scale.flatten(2).unflatten(1, (-1, 3, self.head_dim))
-        q, k, v = per_head.unbind(2)
+        multi_scale = torch.cat([qkv.flatten(2), self.aggregate(qkv).flatten(2)], 1)
+        q, k, v = multi_scale.unflatten(1, (-1, 3, self.head_dim)).unbind(2)
         return q, k, v
 
     def position(self, size: torch.Size) -> Tensor:
@@ -70,4 +74,4 @@ class MultiScaleAttention(nn.Module):
 
     def shortcut(self, v: Tensor) -> Tensor:
         """GELU(BN(v)); the statistics over D are shared by all heads. (B, S·heads, D, N), same out."""
-        return F.gelu(self.shortcut_norm(v.flatten(0, 1))).unflatten(0, v.shape[:2])
+        return norm_act(v.flatten(0, 1), self.shortcut_norm, self.shortcut_act).unflatten(0, v.shape[:2])

@@ -6,9 +6,12 @@ inner norms.
 """
 
 from functools import partial
+from typing import Any
 
 from timm.layers import create_act_layer
 from torch import Tensor, nn
+
+from .lean import is_lean, norm_act, norm_act_conv
 
 
 class ConvNormAct(nn.Sequential):
@@ -35,8 +38,31 @@ class ConvNormAct(nn.Sequential):
         if act is not None:
             self.act = create_act_layer(act, inplace=False)
 
+    def forward(self, x: Tensor) -> Tensor:
+        if len(self) < 3:
+            return super().forward(x)
+        return norm_act(self.conv(x), self.norm, self.act)
 
-class DSConv(nn.Sequential):
+
+class ConvBlock(nn.Sequential):
+    """Several `ConvNormAct` in a row, which in training keep the outputs of the convolutions alone.
+
+    Their parts are then called across their borders (the activation of one with the convolution of the next), so
+    forward hooks on a whole `ConvNormAct` run in evaluation only.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        layers: list[Any] = list(self)
+        norms = [getattr(layer, "norm", None) for layer in layers]
+        if not is_lean(x, *filter(None, norms)):
+            return super().forward(x)
+        x = layers[0].conv(x)
+        for layer, norm, following in zip(layers, norms, layers[1:], strict=False):
+            x = norm_act_conv(x, norm, layer.act, following.conv)
+        return layers[-1].norm(x)
+
+
+class DSConv(ConvBlock):
     """Depthwise-separable convolution: depthwise 3×3, pointwise 1×1."""
 
     def __init__(self, in_chans: int, out_chans: int, *, stride: int = 1, norm_eps: float, act: str) -> None:
@@ -45,7 +71,7 @@ class DSConv(nn.Sequential):
         self.point_conv = ConvNormAct(in_chans, out_chans, 1, norm_eps=norm_eps)
 
 
-class ConvPair(nn.Sequential):
+class ConvPair(ConvBlock):
     """Two 3×3 convolutions, the first activated."""
 
     def __init__(self, in_chans: int, out_chans: int, *, stride: int = 1, norm_eps: float, act: str) -> None:
@@ -54,7 +80,7 @@ class ConvPair(nn.Sequential):
         self.conv2 = ConvNormAct(out_chans, out_chans, 3, norm_eps=norm_eps)
 
 
-class MBConv(nn.Sequential):
+class MBConv(ConvBlock):
     """Inverted bottleneck: pointwise 1×1 to ``expand`` times the channels, depthwise 3×3, pointwise 1×1."""
 
     def __init__(
@@ -76,7 +102,7 @@ class MBConv(nn.Sequential):
         self.point_conv = ConvNormAct(mid, out_chans, 1, norm_eps=norm_eps)
 
 
-class FusedMBConv(nn.Sequential):
+class FusedMBConv(ConvBlock):
     """Inverted bottleneck with one dense 3×3 in place of the expansion and the depthwise convolution."""
 
     def __init__(

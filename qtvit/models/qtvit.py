@@ -9,7 +9,6 @@ Shapes: B batch, C channels, H x W image or feature map. The network takes any H
 
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -21,9 +20,8 @@ from timm.layers import DropPath, SelectAdaptivePool2d, create_act_layer, regist
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from qtvit.layers import ConvNormAct, ConvPair, DSConv, FusedMBConv, MBConv, MultiScaleAttention, Residual
+from qtvit.layers import ConvNormAct, ConvPair, DSConv, FusedMBConv, MBConv, MultiScaleAttention, Residual, recompute
 
 from .released import checkpoint_filter_fn, released_name
 
@@ -131,9 +129,16 @@ class ClassifierHead(nn.Module):
         self.reset(num_classes, global_pool)
 
     def reset(self, num_classes: int, pool_type: str | None = None) -> None:
-        """A new classifier of ``num_classes`` outputs (0: none), and optionally another pooling ("": none)."""
+        """A new classifier of ``num_classes`` outputs (0: none), and optionally another pooling ("": none).
+
+        Raises:
+            ValueError: a pooling that changes the number of channels, as "catavgmax" does.
+        """
         if pool_type is not None:
-            self.global_pool = SelectAdaptivePool2d(pool_type=pool_type, flatten=bool(pool_type))
+            pool = SelectAdaptivePool2d(pool_type=pool_type, flatten=bool(pool_type))
+            if pool.feat_mult() != 1:
+                raise ValueError(f"global_pool must keep the number of channels, {pool_type!r} does not")
+            self.global_pool = pool.train(self.training)
         self.num_classes = num_classes
         weight = self.hidden.weight
         fc = nn.Linear(len(weight), num_classes) if num_classes > 0 else nn.Identity()
@@ -281,7 +286,8 @@ class QTViT(nn.Module):
         if prune_head or max_index + 1 < len(self.stages):
             self.num_features = self.head_hidden_size = self.feature_info[max_index]["num_chs"]
             self.num_classes = 0
-            self.head = PoolHead(self.num_features, 0, self.global_pool).train(self.training)
+            drop_rate = self.head.drop.p
+            self.head = PoolHead(self.num_features, 0, self.global_pool, drop_rate).train(self.training)
         self.stages = self.stages[: max_index + 1]
         return take_indices
 
@@ -290,10 +296,13 @@ class QTViT(nn.Module):
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """A new, randomly initialised classifier; optionally another pooling."""
+        self.head.reset(num_classes, global_pool)
+        if isinstance(self.head, PoolHead):  # it had no parameters to take device and dtype from
+            weight = next(self.parameters())
+            self.head.to(weight.device, weight.dtype)
         self.num_classes = num_classes
         if global_pool is not None:
             self.global_pool = global_pool
-        self.head.reset(num_classes, global_pool)
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
@@ -316,21 +325,7 @@ class QTViT(nn.Module):
     def _run_stage(self, stage: nn.Module, x: Tensor) -> Tensor:
         if not (self.grad_checkpointing and self.training):
             return stage(x)
-        return checkpoint(stage, x, use_reentrant=False, context_fn=lambda: (nullcontext(), _frozen_statistics(stage)))
-
-
-@contextmanager
-def _frozen_statistics(module: nn.Module) -> Iterator[None]:
-    """BatchNorms leave their running statistics alone: a checkpointed stage runs twice, but counts once."""
-    norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
-    for norm in norms:
-        norm.momentum, norm.num_batches_tracked = 0.0, None
-    try:
-        yield
-    finally:  # checkpointing leaves by an exception once it has what it needs
-        for norm, (momentum, num_batches) in zip(norms, before, strict=True):
-            norm.momentum, norm.num_batches_tracked = momentum, num_batches
+        return recompute(stage, x)
 
 
 def _drop_paths(stages: Sequence[Stage], rate: float) -> Iterator[nn.Module]:

@@ -11,6 +11,7 @@ heads, F, N).
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,9 +45,40 @@ def unit_square(x: Tensor) -> Tensor:
     u does not depend on the length of x, so x is divided by its largest entry first (a constant as far as the
     gradient is concerned). The squares then neither overflow nor underflow, and u(0) = 0.
     """
+    if torch.compiler.is_compiling():
+        return _unit_square(x)[0]
+    return _UnitSquare.apply(x)[0]
+
+
+def _unit_square(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """u(x), the largest entry of x and 1 / ‖(x / largest)²‖₂; the latter is constant where it would overflow."""
     largest = x.detach().abs().amax(-2, keepdim=True).clamp_min(EPS)
     square = (x / largest).square()
-    return square * square.square().sum(-2, keepdim=True).clamp_min(EPS).rsqrt()
+    inv_norm = square.square().sum(-2, keepdim=True).clamp_min(EPS).rsqrt()
+    return square * inv_norm, largest, inv_norm
+
+
+class _UnitSquare(torch.autograd.Function):
+    """u with its derivative written out, which needs no more than x and u: ∂u_i/∂x_j = 2·x_j/‖x²‖·(δ_ij - u_i·u_j)."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return _unit_square(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: tuple[Tensor, Tensor, Tensor]) -> None:
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.save_for_backward(*inputs, *output)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, *unused: Tensor) -> Tensor:
+        x, u, largest, inv_norm = ctx.saved_tensors
+        if torch.is_grad_enabled():  # a derivative of the derivative is asked for
+            return torch.autograd.grad(_unit_square(x)[0], x, grad, create_graph=True)[0]
+        along_u = (grad * u).sum(-2, keepdim=True) * (inv_norm < EPS**-0.5)
+        return torch.addcmul(grad, u, along_u, value=-1) * (x / largest) * (2 * inv_norm / largest)
 
 
 def taylor2(q: Tensor, k: Tensor, c: Tensor) -> Features:
