@@ -5,8 +5,9 @@ from collections.abc import Iterable
 
 
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> ValueError:
-    """A ValueError that says which ``kind`` of thing is unknown and names what is close to it, or all there is."""
-    known = sorted(known)
+    """A ValueError that says which ``kind`` of thing is unknown and names what is close to it, or (some of) all."""
+    known = list(known)
     close = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
-    hint = f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(known)}"
+    some = ", ".join(known) if len(known) <= 30 else f"{', '.join(known[:10])}, … ({len(known)} in all)"
+    hint = f"did you mean {' or '.join(close)}?" if close else f"known: {some}"
     return ValueError(f"unknown {kind} {name!r}; {hint}")

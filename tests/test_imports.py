@@ -15,7 +15,7 @@ MODULES = sorted(ROOT.rglob("*.py"))
 
 # A module imports from its own package and from rows above, never sideways or down. "qtvit" is what users import.
 LAYERS = [
-    {"errors", "files", "device", "version"},
+    {"errors", "files", "device", "version", "console"},
     {"ops"},
     {"layers"},
     {"models"},

@@ -19,7 +19,7 @@ def build_model(name: str, **model_args: Any) -> nn.Module:
         ValueError: there is no such model, or it does not take these arguments.
     """
     if not timm.is_model(name):
-        raise unknown_name("model", name, timm.list_models())
+        raise unknown_name("model", name, [*timm.list_models("qtvit*"), *timm.list_models(exclude_filters="qtvit*")])
     try:
         return timm.create_model(name, **model_args)
     except (TypeError, AssertionError) as error:

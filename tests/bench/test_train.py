@@ -1,0 +1,62 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from qtvit.bench.measure import in_turns, paired_ratio
+from qtvit.bench.train import bytes_kept
+from qtvit_cli import main
+
+
+def test_candidates_take_turns_and_warm_up() -> None:
+    calls: list[str] = []
+    candidates = {name: lambda name=name: calls.append(name) for name in "ab"}
+    samples = in_turns(candidates, device=torch.device("cpu"), rounds=3, warmup=1)
+    assert "".join(calls) == "abababab"
+    assert [len(seconds) for seconds in samples.values()] == [3, 3]
+
+
+def test_the_ratio_is_taken_round_by_round() -> None:
+    ratio = paired_ratio([2.0, 40.0, 6.0], [1.0, 10.0, 2.0])
+    assert (ratio.low, ratio.median, ratio.high) == (2.5, 3.0, 3.5)
+
+
+def test_bytes_kept_by_hand() -> None:
+    """A linear layer keeps its input, the square keeps its own; weights and a second view do not count."""
+    layer = nn.Linear(8, 4)
+    x = torch.randn(5, 8)
+    assert bytes_kept(lambda: layer(x).square().sum(), layer) == 4 * (5 * 8 + 5 * 4)
+    assert bytes_kept(lambda: (layer(x).square() + layer(x[:2]).sum()).sum(), layer) == 4 * (5 * 8 + 5 * 4)
+
+
+def test_ours_next_to_the_peer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "new" / "bench.json"
+    argv = "bench train qtvit_0 --peer efficientvit_b0 --img-size 64x96 --batch-size 2 --rounds 2 --json"
+    assert main([*argv.split(), str(out)]) == 0
+    result = json.loads(out.read_text())
+    ours, peer = result["models"]["qtvit_0"], result["models"]["efficientvit_b0"]
+    assert ours["bytes_kept_ratio"] == pytest.approx(ours["bytes_kept_per_image"] / peer["bytes_kept_per_image"], 1e-4)
+    assert ours["bytes_kept_ratio"] < 0.8
+    assert peer["step_ratio"] == {"median": 1, "low": 1, "high": 1}
+    assert len(ours["step_seconds"]) == 2
+    assert {"torch", "timm", "cpu", "threads"} <= set(result["environment"])
+    assert "qtvit_0" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("qtvit_9", "unknown model 'qtvit_9'; did you mean qtvit_6"),
+        ("--peer zzz", "unknown model 'zzz'; known: "),
+        ("--img-size 0", "--img-size must be a side"),
+        ("--rounds 1", "needs two rounds"),
+        ("--device cuda:9", "no such device"),
+    ],
+)
+def test_mistakes(options: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "train", *options.split()]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert len(error) < 500
