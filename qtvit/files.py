@@ -1,16 +1,48 @@
 """Files that are written whole or not at all."""
 
 import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
+def open_folder(path: Path, *, exist_ok: bool = True) -> Path:
+    """Make the folder and those above it, and check that files can be written there.
+
+    Raises:
+        FileExistsError: it is there already, and ``exist_ok`` is false.
+        OSError: it cannot be made or written to; the message names it.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=exist_ok)
+        with tempfile.TemporaryFile(dir=path):
+            return path
+    except FileExistsError:
+        raise
+    except OSError as error:
+        raise OSError(f"{path}: cannot write to this folder ({error.strerror})") from error
+
+
 def write_text(path: Path, text: str) -> None:
-    """Write ``text`` to a temporary file, then rename it to ``path``: a crash leaves the old file or the new one."""
-    temporary = temporary_name(path)
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    """Write ``text`` as `replacing` does."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
-def temporary_name(path: Path) -> Path:
-    """Where to write what is to become ``path``."""
-    return path.with_name(f".{path.name}.tmp")
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary file to write, which becomes ``path`` at the end: whatever happens, there is the old file or the new.
+
+    After an error the temporary file is removed.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        temporary.touch()
+        mode = temporary.stat().st_mode
+        yield temporary
+        temporary.chmod(mode)  # safetensors makes files that nobody else can read
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise

@@ -1,5 +1,15 @@
 """Reading and writing models."""
 
-from .model_file import BEST, ModelInfo, load_model, read_model_file, save_model
+from .model_file import BEST, ModelInfo, load_model, own_args, read_model_file, save_model
+from .weights import identify_model, read_weights
 
-__all__ = ["BEST", "ModelInfo", "load_model", "read_model_file", "save_model"]
+__all__ = [
+    "BEST",
+    "ModelInfo",
+    "identify_model",
+    "load_model",
+    "own_args",
+    "read_model_file",
+    "read_weights",
+    "save_model",
+]

@@ -2,22 +2,26 @@
 
 import dataclasses
 import json
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
+from timm.data import ImageNetInfo, resolve_model_data_config
 from torch import Tensor, nn
 
-from qtvit.files import temporary_name
+from qtvit.files import replacing
 from qtvit.models import build_model
+from qtvit.models.released import checkpoint_filter_fn
 from qtvit.version import __version__
+
+from .weights import TORCH_SUFFIXES, identify_model, read_weights
 
 METADATA_KEY = "qtvit"
 WEIGHT_SOURCES = ("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir")
-"""Arguments of ``timm.create_model`` that say where weights come from; a model file holds its own."""
+"""Arguments of ``timm.create_model`` that say where weights come from."""
 BEST = "best.safetensors"
 """Name of the model file in a run folder."""
 
@@ -47,24 +51,34 @@ class ModelInfo:
     version: str = ""
 
 
+def own_args(model_args: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a model without those that say where its weights come from: a model file holds its own."""
+    return {name: value for name, value in model_args.items() if name not in WEIGHT_SOURCES}
+
+
 def save_model(path: Path, state_dict: dict[str, Tensor], info: ModelInfo) -> None:
-    """Write the model file in one step: a crash leaves the old file or the new one."""
-    model_args = {name: value for name, value in info.model_args.items() if name not in WEIGHT_SOURCES}
-    info = dataclasses.replace(info, model_args=model_args, version=__version__)
-    temporary = temporary_name(path)
+    """Write the model file in one step: a crash leaves the old file or the new one.
+
+    Raises:
+        OSError: the disk is full, or not to be written to.
+    """
+    info = dataclasses.replace(info, model_args=own_args(info.model_args), version=__version__)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state_dict.items()}
-    save_file(tensors, temporary, metadata={METADATA_KEY: json.dumps(dataclasses.asdict(info))})
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        try:
+            save_file(tensors, temporary, metadata={METADATA_KEY: json.dumps(dataclasses.asdict(info))})
+        except SafetensorError as error:
+            raise OSError(f"{path}: cannot be written ({error})") from error
 
 
 def load_model(path: str | Path, **model_args: Any) -> tuple[nn.Module, ModelInfo]:
-    """The model in ``path``, a model file or a run folder, in evaluation mode on the CPU.
+    """The model in ``path``, in evaluation mode on the CPU: a run folder, a model file, or weights of a model of ours.
 
     ``model_args`` are added to those it was built with, or replace them.
 
     Raises:
         FileNotFoundError: there is no such file, or no model file in the run folder.
-        ValueError: it is no model file of ours, or its weights do not fit its model.
+        ValueError: it holds no model of ours, or its weights or classes do not fit its model.
     """
     path = Path(path)
     if path.is_dir():
@@ -75,30 +89,58 @@ def load_model(path: str | Path, **model_args: Any) -> tuple[nn.Module, ModelInf
         path = path / BEST
     state_dict, info = read_model_file(path)
     info = dataclasses.replace(info, model_args={**info.model_args, **model_args})
-    model = build_model(info.model, **info.model_args)
+    model: Any = build_model(info.model, **info.model_args)
     try:
         model.load_state_dict(state_dict)
     except RuntimeError as error:
         first, *more = str(error).splitlines()[1:]
         raise ValueError(f"{path}: its weights do not fit {info.model}: {first.strip()} ({len(more)} more)") from error
+    if len(info.classes) != model.num_classes:
+        raise ValueError(f"{path}: names {len(info.classes)} classes, but its {info.model} has {model.num_classes}")
     return model.eval(), info
 
 
 def read_model_file(path: Path) -> tuple[dict[str, Tensor], ModelInfo]:
-    """The state dict and the description in a model file, without building the model."""
+    """The state dict, with our names, and the description of the model in a file.
+
+    Weights without a description (`read_weights`) get the one that `identify_model` allows for: ImageNet's classes if
+    there are 1000, and the model's default preprocessing.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load_model`.
+    """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such run folder or model file")
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = (file.metadata() or {}).get(METADATA_KEY)
-        state_dict = load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path}: not a safetensors file ({error})") from error
+    metadata = None if path.suffix.lower() in TORCH_SUFFIXES else _metadata(path)
+    state_dict = read_weights(path)
     if metadata is None:
-        raise ValueError(
-            f"{path}: a safetensors file, but not one that `qtvit train` wrote (no '{METADATA_KEY}' metadata)"
-        )
+        try:
+            return _describe(state_dict)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
     try:
         return state_dict, ModelInfo(**json.loads(metadata))
     except (TypeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path}: written by another version of qtvit than this {__version__} ({error})") from error
+
+
+def _metadata(path: Path) -> str | None:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return (file.metadata() or {}).get(METADATA_KEY)
+    except SafetensorError as error:
+        raise ValueError(f"{path}: not a safetensors file ({error})") from error
+
+
+def _describe(state_dict: dict[str, Tensor]) -> tuple[dict[str, Tensor], ModelInfo]:
+    """Weights under our names, and what can be said of them."""
+    name, model_args = identify_model(state_dict)
+    with torch.device("meta"):
+        model: Any = build_model(name, **model_args)
+    num_classes = model_args["num_classes"]
+    imagenet = ImageNetInfo().label_names()
+    classes = list(imagenet) if num_classes == len(imagenet) else [f"class {i}" for i in range(num_classes)]
+    cfg = resolve_model_data_config(model)
+    preprocess = {name: cfg[name] for name in ("crop_pct", "interpolation", "mean", "std")}
+    preprocess["size"] = list(model_args.get("img_size", cfg["input_size"][1:]))
+    return checkpoint_filter_fn(state_dict, model), ModelInfo(name, model_args, classes, preprocess)

@@ -1,7 +1,9 @@
 """Reading images and labels, and turning them into the network's input."""
 
+from .broken import drop_broken, find_broken
 from .classification import DIGITS, ImageDataset, LabelledImages, load_labelled_images, read_split
 from .images import ImageSource, find_images, open_image
+from .names import class_names
 from .transforms import EvalTransform, Preprocess
 
 __all__ = [
@@ -11,6 +13,9 @@ __all__ = [
     "ImageSource",
     "LabelledImages",
     "Preprocess",
+    "class_names",
+    "drop_broken",
+    "find_broken",
     "find_images",
     "load_labelled_images",
     "open_image",

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from .images import IMAGE_SUFFIXES, ImageSource, find_images, is_hidden, open_image
+from .images import IMAGE_SUFFIXES, ImageSource, any_size, find_images, is_hidden, open_image
 
 Sample = tuple[ImageSource, int]
 TRAIN_FOLDERS = ("train", "training")
@@ -36,6 +36,15 @@ class LabelledImages:
     val: list[Sample]
     split: dict[str, Any] = field(default_factory=dict)
 
+    def digest(self) -> str:
+        """A hash of which images are in which split and class, wherever the folder is."""
+        lines = [
+            f"{part} {label} {source.name if isinstance(source, Path) else position}"
+            for part, samples in (("train", self.train), ("val", self.val))
+            for position, (source, label) in enumerate(samples)
+        ]
+        return hashlib.sha256("\n".join([*self.classes, *lines]).encode()).hexdigest()
+
 
 class ImageDataset(Dataset[tuple[Tensor, int]]):
     """Samples read with `open_image`, then transformed."""
@@ -49,7 +58,8 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         source, label = self.samples[index]
-        return self.transform(open_image(source)), label
+        with any_size():
+            return self.transform(open_image(source)), label
 
 
 def load_labelled_images(data: str, *, val_fraction: float = 0.2, seed: int = 0) -> LabelledImages:
@@ -60,18 +70,15 @@ def load_labelled_images(data: str, *, val_fraction: float = 0.2, seed: int = 0)
 
     Raises:
         FileNotFoundError: there is no such folder.
-        ValueError: it holds no images, or not in one of these layouts, or the classes of the two splits do not match.
+        ValueError: it is no folder, holds no images, or not in one of these layouts, or the classes of the two splits
+            do not match.
     """
     split: dict[str, Any] = {"val_fraction": val_fraction, "seed": seed}
     if data == DIGITS:
         classes, samples = _digits()
         train, val = stratified_split(samples, **split)
         return LabelledImages(DIGITS, classes, train, val, {**split, "data": DIGITS})
-    root = Path(data)
-    if not root.is_dir():
-        raise FileNotFoundError(
-            f"{data}: no such folder (give a folder of images, or '{DIGITS}' for the built-in data)"
-        )
+    root = data_folder(data)
     name = root.resolve().name
     train_root, val_root = _find_folder(root, TRAIN_FOLDERS), find_val_folder(root)
     if train_root is None:
@@ -83,7 +90,23 @@ def load_labelled_images(data: str, *, val_fraction: float = 0.2, seed: int = 0)
     if val_root is None:
         raise ValueError(f"{root}: has {train_root.name}/ but none of {', '.join(f'{name}/' for name in VAL_FOLDERS)}")
     classes, train = _read_training_folder(train_root)
-    return LabelledImages(name, classes, train, read_split(val_root, classes))
+    val = read_split(val_root, classes)
+    present = {label for _, label in val}
+    if absent := [name for label, name in enumerate(classes) if label not in present]:
+        raise ValueError(f"{val_root}: no folders for {_some(absent)}, which {train_root} has")
+    return LabelledImages(name, classes, train, val)
+
+
+def data_folder(data: str) -> Path:
+    """``data`` as a path to a folder that is there, or the error that tells a user what to give instead."""
+    root = Path(data)
+    if root.is_file():
+        raise ValueError(f"{data}: a file, where a folder of images is expected; unpack it if it is an archive")
+    if not root.is_dir():
+        raise FileNotFoundError(
+            f"{data}: no such folder (give a folder of images, or '{DIGITS}' for the built-in data)"
+        )
+    return root
 
 
 def find_val_folder(root: Path) -> Path | None:
@@ -92,11 +115,18 @@ def find_val_folder(root: Path) -> Path | None:
 
 
 def read_split(folder: Path, classes: Sequence[str]) -> list[Sample]:
-    """The images of ``folder/CLASS/``, labelled by the given classes; a class folder not among them is an error."""
-    found, samples = _read_class_folders(folder)
-    if foreign := [name for name in found if name not in classes]:
-        raise ValueError(f"{folder}: class folders that the model or train/ does not have: {', '.join(foreign[:5])}")
+    """The images of ``folder/CLASS/``, labelled by the given classes, of which some may be missing.
+
+    Raises:
+        ValueError: a class folder that is not among the classes; no class folders, or an empty one.
+    """
+    found, samples = _read_class_folders(folder, example=classes[0])
     label_of = {name: label for label, name in enumerate(classes)}
+    if foreign := [name for name in found if name not in label_of]:
+        raise ValueError(
+            f"{folder}: class folders that the model or train/ does not have: {_some(foreign)}; it has "
+            f"{_some(classes)}{_proposal(folder, found)}"
+        )
     return [(path, label_of[found[label]]) for path, label in samples]
 
 
@@ -157,21 +187,40 @@ def _find_folder(root: Path, names: Sequence[str]) -> Path | None:
 def _read_training_folder(root: Path) -> tuple[tuple[str, ...], list[Sample]]:
     classes, samples = _read_class_folders(root)
     if len(classes) == 1:
-        raise ValueError(f"{root}: one class only ({classes[0]}); there is nothing to tell apart")
+        raise ValueError(
+            f"{root}: one class only ({classes[0]}); there is nothing to tell apart{_proposal(root, classes)}"
+        )
     return classes, samples
 
 
-def _read_class_folders(root: Path) -> tuple[tuple[str, ...], list[Sample]]:
-    classes = tuple(sorted(p.name for p in root.iterdir() if p.is_dir() and not is_hidden(p.name)))
+def _read_class_folders(root: Path, example: str = "CLASS") -> tuple[tuple[str, ...], list[Sample]]:
+    classes = _subfolders(root)
+    if not classes:
+        loose = next((p.name for p in sorted(root.iterdir()) if p.suffix.lower() in IMAGE_SUFFIXES), None)
+        found = "" if loose is None else f"; found images without folders, such as {loose}"
+        raise ValueError(f"{root}: no class folders; expected {root.resolve().name}/{example}/*.jpg{found}")
     samples: list[Sample] = []
     for label, name in enumerate(classes):
         files = find_images(root / name)
         if not files:
             raise ValueError(f"{root / name}: no images in this class folder (looked for {', '.join(IMAGE_SUFFIXES)})")
         samples += [(path, label) for path in files]
-    if not classes:
-        raise ValueError(f"{root}: no class folders; expected {root.name}/CLASS/*.jpg")
     return classes, samples
+
+
+def _subfolders(folder: Path) -> tuple[str, ...]:
+    return tuple(sorted(p.name for p in folder.iterdir() if p.is_dir() and not is_hidden(p.name)))
+
+
+def _proposal(root: Path, classes: Sequence[str]) -> str:
+    """The end of an error message if the real class folders seem to be one level further down."""
+    if len(classes) == 1 and (below := _subfolders(root / classes[0])):
+        return f" (did you mean {root / classes[0]}, with the folders {_some(below)}?)"
+    return ""
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def _digits() -> tuple[tuple[str, ...], list[Sample]]:

@@ -1,14 +1,26 @@
 """From an image to the network's input, the same in training's evaluation, in `qtvit eval` and in prediction."""
 
 import math
+import re
 from dataclasses import dataclass
 
 import torch
 from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
-from torchvision.transforms import InterpolationMode, v2
+from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tvf
+
+from qtvit.errors import unknown_name
+
+
+def parse_size(text: str | int) -> tuple[int, int]:
+    """(H, W) from "224" or "160x256" (height first); anything else is a ValueError that names ``--img-size``."""
+    match = re.fullmatch(r"(\d+)(?:x(\d+))?", str(text))
+    size = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
+    if min(size) < 1:
+        raise ValueError(f"--img-size must be a side such as 224, or HEIGHTxWIDTH such as 160x256, got {text!r}")
+    return size
 
 
 @dataclass(frozen=True)
@@ -18,7 +30,7 @@ class Preprocess:
     Attributes:
         size: (H, W) of the network's input.
         crop_pct: the part of the resized image's shorter side that is kept.
-        interpolation: name of a ``torchvision.transforms.InterpolationMode``.
+        interpolation: name of a ``PIL.Image.Resampling``, in lower case.
         mean, std: per channel, for pixels from 0 to 1.
     """
 
@@ -33,20 +45,45 @@ class Preprocess:
 
 
 class EvalTransform(nn.Module):
-    """PIL RGB image -> (3, H, W) fp32."""
+    """PIL RGB image -> (3, H, W) fp32.
+
+    What the crop will show is worked out first, and only that is resized. The pixels are those of resizing the whole
+    image and cropping then (PIL's filters look beyond the box they are given), without that image, which is enormous
+    for a panorama. Columns are resized before rows, as PIL did before version 13, which for tall images has it the
+    other way round.
+    """
 
     def __init__(self, preprocess: Preprocess) -> None:
         super().__init__()
         self.size = preprocess.size
         self.crop_pct = preprocess.crop_pct
-        self.interpolation = InterpolationMode(preprocess.interpolation)
+        known = {mode.name.lower(): mode for mode in Image.Resampling}
+        if preprocess.interpolation not in known:
+            raise unknown_name("interpolation", preprocess.interpolation, known)
+        self.interpolation = known[preprocess.interpolation]
         self.normalize = v2.Normalize(list(preprocess.mean), list(preprocess.std))
 
     def forward(self, image: Image.Image) -> Tensor:
-        cover_h, cover_w = (math.ceil(side / self.crop_pct) for side in self.size)
-        if cover_h * image.width >= cover_w * image.height:  # the height is what has to be covered
-            resized = [cover_h, max(cover_w, int(cover_h * image.width / image.height))]
-        else:
-            resized = [max(cover_h, int(cover_w * image.height / image.width)), cover_w]
-        image = tvf.center_crop(tvf.resize(image, resized, self.interpolation), list(self.size))
+        height, width = self.size
+        left, top, right, bottom = self.crop_box(image.width, image.height)
+        margin = 1 + 3 * max((bottom - top) / height, 1)  # Lanczos, the widest filter, sees three pixels beyond
+        first, last = max(math.floor(top - margin), 0), min(math.ceil(bottom + margin), image.height)
+        rows = image.resize((width, last - first), self.interpolation, box=(left, first, right, last))
+        image = rows.resize((width, height), self.interpolation, box=(0, top - first, width, bottom - first))
         return self.normalize(tvf.to_dtype(tvf.to_image(image), torch.float32, scale=True))
+
+    def crop_box(self, image_width: int, image_height: int) -> tuple[float, float, float, float]:
+        """The part of the image that the network sees: left, top, right, bottom in the image's pixels."""
+        height, width = self.size
+        cover_h, cover_w = (math.ceil(side / self.crop_pct) for side in self.size)
+        if cover_h * image_width >= cover_w * image_height:  # the height is what has to be covered
+            resized_h, resized_w = cover_h, max(cover_w, int(cover_h * image_width / image_height))
+        else:
+            resized_h, resized_w = max(cover_h, int(cover_w * image_height / image_width)), cover_w
+        top, left = round((resized_h - height) / 2), round((resized_w - width) / 2)
+        return (
+            left * image_width / resized_w,
+            top * image_height / resized_h,
+            (left + width) * image_width / resized_w,
+            (top + height) * image_height / resized_h,
+        )

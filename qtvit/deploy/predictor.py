@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from qtvit.checkpoints import ModelInfo, load_model
-from qtvit.data import ImageSource, Preprocess, open_image
+from qtvit.data import ImageSource, Preprocess, class_names, open_image
 from qtvit.device import resolve_device
 
 
@@ -46,18 +46,28 @@ class Predictor:
         model: the network.
         info: its description.
         device: see `qtvit.device.resolve_device`.
+
+    Attributes:
+        classes: readable names (`qtvit.data.class_names`) in the order of the outputs.
+
+    Raises:
+        ValueError: the model has no classifier, or is not for RGB images.
     """
 
     def __init__(self, model: nn.Module, info: ModelInfo, device: str = "auto") -> None:
+        if not info.classes:
+            raise ValueError(f"this {info.model} has no classifier; `qtvit train classify --checkpoint` can add one")
+        if (in_chans := info.model_args.get("in_chans", 3)) != 3:
+            raise ValueError(f"this {info.model} is for images of {in_chans} channels, and images are read as RGB")
         self.device = resolve_device(device)
         self.model = model.eval().to(self.device)
         self.info = info
-        self.classes = info.classes
+        self.classes = class_names(info.classes)
         self.preprocess = Preprocess(**info.preprocess)
 
     @classmethod
     def load(cls, path: str | Path, device: str = "auto") -> "Predictor":
-        """The model of a run folder or model file; errors as `qtvit.checkpoints.load_model`."""
+        """The model of a run folder, model file or weights file; errors as `qtvit.checkpoints.load_model`."""
         return cls(*load_model(path), device)
 
     @overload

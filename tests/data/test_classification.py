@@ -3,9 +3,10 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from timm.data import ImageNetInfo
 
-from qtvit.data import ImageDataset, Preprocess, load_labelled_images
-from qtvit.data.classification import stratified_split
+from qtvit.data import ImageDataset, Preprocess, load_labelled_images, read_split
+from qtvit.data.classification import find_val_folder, stratified_split
 
 
 def make_images(folder: Path, count: int) -> None:
@@ -30,10 +31,10 @@ def test_one_folder_is_split_by_class_and_seed(tmp_path: Path) -> None:
 def test_train_and_val_folders(tmp_path: Path, val: str) -> None:
     for name in ("cat", "dog"):
         make_images(tmp_path / "train" / name, 3)
-    make_images(tmp_path / val / "dog", 2)
+        make_images(tmp_path / val / name, 2)
     data = load_labelled_images(str(tmp_path))
     assert len(data.train) == 6
-    assert [label for _, label in data.val] == [1, 1]
+    assert [label for _, label in data.val] == [0, 0, 1, 1]
 
 
 def test_split_folders_in_any_case_and_without_hidden_files(tmp_path: Path) -> None:
@@ -81,7 +82,15 @@ def broken_layouts() -> list[tuple[list[str], str]]:
         (["cat/1.png", "cat/2.png", "dog/readme.txt"], "dog: no images"),
         (["cat/1.png", "dog/1.png", "dog/2.png"], r"cat.1\.png: the only image of its class"),
         (["train/cat/1.png", "train/dog/1.png"], "none of val/"),
-        (["train/cat/1.png", "train/dog/1.png", "val/cow/1.png", "val/cat/1.png"], "does not have: cow"),
+        (
+            ["train/cat/1.png", "train/dog/1.png", "val/cow/1.png", "val/cat/1.png"],
+            "val: class folders that the model or train/ does not have: cow; it has cat, dog",
+        ),
+        (["train/cat/1.png", "train/dog/1.png", "val/dog/1.png"], "val: no folders for cat, which .*train has"),
+        (["train/cat/1.png", "train/dog/1.png", "val/1.png"], r"val: no class folders; expected val/cat/\*\.jpg"),
+        (["1.png"], r"no class folders; expected .*/CLASS/\*\.jpg; found images without folders, such as 1\.png"),
+        (["x/cat/1.png", "x/dog/1.png"], r"one class only \(x\).*did you mean .*x, with the folders cat, dog\?"),
+        (["x/train/cat/1.png", "x/val/cat/1.png"], r"did you mean .*x, with the folders train, val\?"),
     ]
 
 
@@ -90,10 +99,57 @@ def test_layouts_that_cannot_be_read(tmp_path: Path, files: list[str], message: 
     for name in files:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (8, 8)).save(tmp_path / name) if name.endswith("png") else (tmp_path / name).touch()
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as error:
         load_labelled_images(str(tmp_path))
+    assert "\n" not in str(error.value)
 
 
 def test_a_missing_folder() -> None:
     with pytest.raises(FileNotFoundError, match="nowhere: no such folder"):
         load_labelled_images("nowhere")
+
+
+def test_an_archive(tmp_path: Path) -> None:
+    (tmp_path / "photos.zip").touch()
+    with pytest.raises(ValueError, match=r"photos\.zip: a file, where a folder of images is expected; unpack it"):
+        load_labelled_images(str(tmp_path / "photos.zip"))
+
+
+def test_a_split_may_lack_classes_of_the_model(tmp_path: Path) -> None:
+    make_images(tmp_path / "dog", 2)
+    make_images(tmp_path / "cow", 1)
+    assert [label for _, label in read_split(tmp_path, ["cat", "dog", "cow"])] == [2, 1, 1]
+
+
+def test_a_split_one_level_too_high(tmp_path: Path) -> None:
+    make_images(tmp_path / "photos" / "dog", 2)
+    with pytest.raises(ValueError, match=r"does not have: photos; it has cat, dog \(did you mean .*photos, with the"):
+        read_split(tmp_path, ["cat", "dog"])
+
+
+def test_imagenet_as_it_usually_lies_on_disk(tmp_path: Path) -> None:
+    classes = ImageNetInfo().label_names()
+    for name in (classes[0], classes[999]):
+        for part in ("train", "val"):
+            make_images(tmp_path / part / name, 2)
+            (tmp_path / part / name / "0.png").rename(tmp_path / part / name / "ILSVRC2012_val_00000001.JPEG")
+    assert find_val_folder(tmp_path) == tmp_path / "val"
+    assert find_val_folder(tmp_path / "val") is None
+    samples = read_split(tmp_path / "val", classes)
+    assert [label for _, label in samples] == [0, 0, 999, 999]
+
+
+def test_imagenet_val_without_folders(tmp_path: Path) -> None:
+    (tmp_path / "val").mkdir()
+    (tmp_path / "val" / "ILSVRC2012_val_00000001.JPEG").touch()
+    with pytest.raises(ValueError, match=r"expected val/n01440764/\*\.jpg; .* such as ILSVRC2012_val_00000001\.JPEG"):
+        read_split(tmp_path / "val", ImageNetInfo().label_names())
+
+
+def test_a_dataset_crops_pictures_of_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+    image = Image.new("RGB", (30, 20))
+    with pytest.raises(Image.DecompressionBombError):
+        image.crop((0, 0, 20, 20))
+    dataset = ImageDataset([(image, 1)], lambda picture: picture.crop((0, 0, 20, 20)))
+    assert dataset[0][0].size == (20, 20)
