@@ -16,6 +16,12 @@ def draw(path: Path, color: tuple[int, int, int], offset: int) -> None:
     image.save(path)
 
 
+@pytest.fixture(autouse=True)
+def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Commands write to runs/ in the current folder."""
+    monkeypatch.chdir(tmp_path)
+
+
 @pytest.fixture(scope="session")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of three classes of ten images each, without a val part."""
