@@ -5,29 +5,36 @@ It stands beside the package, not in it: importing ``qtvit`` registers models wi
 """
 
 import argparse
+import csv
+import io
 import json
+import os
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from qtvit.deploy import Prediction, Predictor
     from qtvit.training.classify import RunSummary
 
 USER_ERRORS = (ValueError, OSError, FloatingPointError)
+SHEET_SUFFIXES = (".png", ".jpg", ".jpeg")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command in ``argv``; 0 if it worked, 2 with one line on stderr if the user has to change something."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    debug = "--debug" in argv
-    argv = [arg for arg in argv if arg != "--debug"]
-    args, rest = _parser().parse_known_args(argv)
+    debug, quiet = "--debug" in argv, "--quiet" in argv
+    args, rest = _parser().parse_known_args([arg for arg in argv if arg not in ("--debug", "--quiet")])
     if rest and args.command != train_classify:
         _parser().error(f"unrecognized arguments: {' '.join(rest)}")
     try:
-        args.command(rest if args.command == train_classify else args)
+        from qtvit import console
+
+        with console.quiet(quiet):
+            args.command(rest if args.command == train_classify else args)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
@@ -66,11 +73,20 @@ def _new_file(text: str) -> Path:
     return path
 
 
+def _pictures(text: str) -> Path:
+    path = Path(text)
+    if path.suffix.lower() in SHEET_SUFFIXES:
+        return _new_file(text)
+    if path.is_file():
+        raise argparse.ArgumentTypeError(f"{path} is a file; expected a folder, or a file that ends in .png or .jpg")
+    return path
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="qtvit",
         description="QT-ViT: vision backbones with quadratic-Taylor linear attention. See also `qtvit COMMAND --help`.",
-        epilog="--debug with any command shows the traceback of an error.",
+        epilog="With any command: --quiet prints results alone, no progress; --debug shows the traceback of an error.",
         allow_abbrev=False,
     )
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
@@ -95,7 +111,13 @@ def _parser() -> argparse.ArgumentParser:
         "--num-workers", type=int, help="processes that load images (default: one per core less one)"
     )
     evaluation.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
-    evaluation.add_argument("--json", type=_new_file, metavar="FILE", help="also write the scores to FILE")
+    evaluation.add_argument(
+        "--output", help="folder to create for the report (default: runs/eval-RUN-DATA, numbered when taken)"
+    )
+    evaluation.add_argument("--json", type=_new_file, metavar="FILE", help="also write all scores to FILE")
+    evaluation.add_argument(
+        "--on-bad-image", choices=("stop", "skip"), default="stop", help="what to do about unreadable files (stop)"
+    )
     evaluation.set_defaults(command=evaluate)
 
     prediction = commands.add_parser("predict", help="label images with a trained model")
@@ -105,7 +127,31 @@ def _parser() -> argparse.ArgumentParser:
     prediction.add_argument("--batch-size", type=_positive, default=32)
     prediction.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     prediction.add_argument("--json", type=_new_file, metavar="FILE", help="also write the predictions to FILE")
+    prediction.add_argument("--csv", type=_new_file, metavar="FILE", help="the same as a table: image, rank, label, …")
+    prediction.add_argument(
+        "--save",
+        type=_pictures,
+        metavar="PATH",
+        help="also draw them: sheets of small pictures if PATH ends in .png or .jpg, else a folder of large ones",
+    )
+    prediction.add_argument(
+        "--on-bad-image", choices=("stop", "skip"), default="stop", help="what to do about unreadable files (stop)"
+    )
     prediction.set_defaults(command=predict)
+
+    bench = commands.add_parser("bench", help="measure models side by side")
+    kinds = bench.add_subparsers(metavar="WHAT", required=True)
+    steps = kinds.add_parser("train", help="time of a training step, and memory kept for its backward pass")
+    steps.add_argument("models", nargs="*", default=["qtvit_1"], help="ours or timm's (default: qtvit_1)")
+    steps.add_argument("--peer", default="efficientvit_b1", help="what to compare with (default: efficientvit_b1)")
+    steps.add_argument("--img-size", default="224", help="side or HEIGHTxWIDTH (default: 224)")
+    steps.add_argument("--batch-size", type=_positive, default=16)
+    steps.add_argument("--rounds", type=_positive, default=10, help="steps of each model to time (default: 10)")
+    steps.add_argument("--precision", choices=("32-true", "bf16-mixed", "16-mixed"), default="32-true")
+    steps.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    steps.add_argument("--threads", type=_positive, help="CPU threads (default: one per core)")
+    steps.add_argument("--json", type=_new_file, metavar="FILE", help="also write all samples to FILE")
+    steps.set_defaults(command=bench_train)
 
     models = commands.add_parser("models", help="list the models with size, cost and published accuracy")
     models.add_argument("--json", action="store_true", help="print JSON instead of a table")
@@ -119,9 +165,14 @@ def train_classify(argv: list[str]) -> None:
 
     config = parse_config(argv)
 
+    from qtvit.training.callbacks import Interrupted
     from qtvit.training.classify import train_classifier
 
-    _print_summary(train_classifier(config))
+    try:
+        _print_summary(train_classifier(config))
+    except Interrupted as stop:
+        print(f"stopped and saved; to go on:  {_command()} train classify --resume {stop}", file=sys.stderr)
+        raise KeyboardInterrupt from stop
 
 
 def quickstart(args: argparse.Namespace) -> None:
@@ -132,8 +183,7 @@ def quickstart(args: argparse.Namespace) -> None:
     output = ["--output", args.output] if args.output else []
     summary = train_classifier(parse_config(["--recipe", "quickstart", "--device", args.device, *output]))
     _print_summary(summary)
-    called = Path(sys.argv[0])  # make calls the command by its path
-    command = "qtvit" if shutil.which("qtvit") or called.name != "qtvit" else str(called)
+    command = _command()
     print(
         f"""
 Next, with your own images in folders named by class (photos/cat/1.jpg, photos/dog/2.jpg, …):
@@ -148,49 +198,182 @@ and with the model just trained:  {command} eval {summary.run} --data digits"""
 
 def evaluate(args: argparse.Namespace) -> None:
     """``qtvit eval``."""
-    from qtvit.data import DIGITS
+    from qtvit import console
+    from qtvit.checkpoints import BEST
+    from qtvit.data import DIGITS, drop_broken
     from qtvit.deploy import Predictor
     from qtvit.training.evaluate import evaluate as run_evaluation
     from qtvit.training.evaluate import held_out_samples
-    from qtvit.training.run import default_workers, set_threads
+    from qtvit.training.report import class_table, headline, scores, write_report
+    from qtvit.training.run import create_run_folder, default_workers, set_threads
 
     _make_parent(args.json)
     predictor = Predictor.load(args.run, args.device)
     samples, which = held_out_samples(args.data, predictor.info)
     num_workers = default_workers(args.data == DIGITS) if args.num_workers is None else args.num_workers
     set_threads(None, num_workers)
-    evaluation = run_evaluation(predictor, samples, batch_size=args.batch_size, num_workers=num_workers)
-    scores = {"run": args.run, "data": args.data, "images": which, **evaluation.metrics()}
-    print(f"top-1 {scores['top1']:.2f} %   top-5 {scores['top5']:.2f} %   of {scores['num_images']} images: {which}")
+    path = Path(args.run).resolve()
+    path = path.parent if path.name == BEST else path
+    run = path.name if path.is_dir() else path.stem
+    folder = create_run_folder(args.output, f"eval-{run}-{Path(args.data).resolve().name}")
+    try:
+        if args.on_bad_image == "skip":
+            samples = drop_broken(samples)
+        evaluation = run_evaluation(predictor, samples, batch_size=args.batch_size, num_workers=num_workers)
+    except BaseException:
+        folder.rmdir()
+        raise
+    print(f"{headline(evaluation)}: {which}")
+    absent = [row.label for row in evaluation.per_class() if row.num_images == 0]
+    if absent:
+        console.say(f"no images of {len(absent)} of the {len(predictor.classes)} classes: {_some(absent)}")
+    for line in class_table(evaluation):
+        console.say(line)
+    about = {"run": args.run, "data": args.data, "images": which}
+    write_report(evaluation, samples, folder, about)
+    print(f"report: {folder}")
     if args.json:
-        _write_json(args.json, scores)
+        _write_json(args.json, scores(evaluation, about))
 
 
 def predict(args: argparse.Namespace) -> None:
     """``qtvit predict``."""
-    from tqdm import tqdm
-
-    from qtvit.data import find_images
+    from qtvit import console
+    from qtvit.data import open_image
     from qtvit.deploy import Predictor
+    from qtvit.deploy.annotate import FolderWriter, SheetWriter, shorten
 
-    _make_parent(args.json)
-    files: list[Path] = []
-    for name in args.images:
-        found = find_images(Path(name)) if Path(name).is_dir() else [Path(name)]
-        if not found:
-            raise ValueError(f"{name}: no images in this folder")
-        files += found
     predictor = Predictor.load(args.run, args.device)
-    predictions = predictor.iter_predict(files, args.top_k, args.batch_size)
-    rows = []
-    for file, prediction in zip(
-        files, tqdm(predictions, total=len(files), unit="image", leave=False, disable=None), strict=True
-    ):
-        tqdm.write(f"{file}: {prediction}")
-        pairs = zip(prediction.labels, prediction.probabilities, strict=True)
-        rows.append({"image": str(file), "predictions": [{"label": label, "probability": p} for label, p in pairs]})
+    files = _find_files(args.images)
+    writer: FolderWriter | SheetWriter | None = None
+    if args.save:
+        save = args.save.resolve()
+        if any(save in (file.resolve(), *file.resolve().parents) for file in files):
+            raise ValueError(f"--save {args.save} holds images to predict; name another one")
+        is_sheet = save.suffix.lower() in SHEET_SUFFIXES
+        writer = SheetWriter(args.save) if is_sheet else FolderWriter(args.save)
+        _make_parent(args.save if is_sheet else args.save / "image")
+    _make_parent(args.json)
+    _make_parent(args.csv)
+    width = min(max(len(str(file)) for file in files), 60)
+    label_width = min(max(map(len, predictor.classes)), 30)
+    predictions = _predictions(predictor, list(files), args.top_k, args.batch_size, skip=args.on_bad_image == "skip")
+    rows: list[dict[str, Any]] = []
+    skipped: list[str] = []
+    for file, prediction in console.progress(predictions, total=len(files), desc="Predicting", unit="image"):
+        name = os.fsencode(file).decode(errors="replace")  # file names may be in another encoding
+        if prediction is None:
+            skipped.append(name)
+            continue
+        pairs = list(zip(prediction.labels, prediction.probabilities, strict=True))
+        others = "   ".join(f"{shorten(label, label_width)} {p:.1%}" for label, p in pairs[1:])
+        label = f"{shorten(prediction.label, label_width):<{label_width}}  {prediction.probability:>6.1%}"
+        console.say(f"{name:<{width}}  {label}   {others}".rstrip())
+        rows.append({"image": name, "predictions": [{"label": label, "probability": p} for label, p in pairs]})
+        if writer:
+            writer.add(open_image(file), files[file], prediction)
+    if not rows:
+        raise ValueError(f"none of the {len(skipped)} images can be read: {_some(skipped)}")
+    if skipped:
+        console.say(f"skipped {len(skipped)} of {len(files)} images that cannot be read: {_some(skipped)}")
     if args.json:
         _write_json(args.json, rows)
+    if args.csv:
+        _write_predictions(args.csv, rows)
+    if writer:
+        writer.close()
+        print(f"written: {_some(writer.written)}")
+
+
+def _find_files(names: Sequence[str]) -> dict[Path, Path]:
+    """The images that ``names``, of files or folders, stand for, each with its path in that folder."""
+    from qtvit.data import find_images
+
+    files: dict[Path, Path] = {}
+    for name in names:
+        path = Path(name)
+        if path.is_dir():
+            found = find_images(path)
+            if not found:
+                raise ValueError(f"{name}: no images in this folder")
+        elif path.is_file():
+            found = [path]
+        else:
+            raise FileNotFoundError(f"{name}: no such image file or folder")
+        for file in found:
+            files.setdefault(file, file.relative_to(path if path.is_dir() else path.parent))
+    return files
+
+
+def _predictions(
+    predictor: "Predictor", files: Sequence[Path], top_k: int, batch_size: int, skip: bool
+) -> "Iterator[tuple[Path, Prediction | None]]":
+    """The files with what is predicted of them; with ``skip``, None of one that cannot be read, instead of an error."""
+    from qtvit import console
+    from qtvit.data import find_broken
+
+    for start in range(0, len(files), batch_size):
+        readable = files[start : start + batch_size]
+        try:
+            predictions = list(predictor.iter_predict(readable, top_k, batch_size))
+        except ValueError:
+            if not skip:
+                raise
+            with console.quiet():
+                broken = [file for file, _ in find_broken([(file, 0) for file in readable])]
+            readable = [file for file in readable if file not in broken]
+            predictions = list(predictor.iter_predict(readable, top_k, batch_size))
+        found = dict(zip(readable, predictions, strict=True))
+        yield from ((file, found.get(file)) for file in files[start : start + batch_size])
+
+
+def _write_predictions(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """CSV with one line per image and class."""
+    from qtvit.files import write_text
+
+    table = io.StringIO()
+    writer = csv.writer(table, lineterminator="\n")
+    writer.writerow(["image", "rank", "label", "probability"])
+    for row in rows:
+        for rank, prediction in enumerate(row["predictions"], start=1):
+            writer.writerow([row["image"], rank, prediction["label"], f"{prediction['probability']:.6f}"])
+    write_text(path, table.getvalue())
+    print(f"written: {path}")
+
+
+def _some(names: Sequence[object]) -> str:
+    return ", ".join(map(str, names[:3])) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def bench_train(args: argparse.Namespace) -> None:
+    """``qtvit bench train``."""
+    import torch
+
+    from qtvit.bench.train import bench_training
+    from qtvit.data.transforms import parse_size
+
+    _make_parent(args.json)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    result = bench_training(
+        args.models,
+        args.peer,
+        img_size=parse_size(args.img_size),
+        batch_size=args.batch_size,
+        rounds=args.rounds,
+        device=args.device,
+        autocast={"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(args.precision),
+    )
+    print(", ".join(f"{name} {value}" for name, value in {**result["environment"], **result["settings"]}.items()))
+    print(f"\n{'model':<20}{'kept MB/image':>14}{'ratio':>7}{'step ms':>10}  ratio (quartiles)")
+    for name, row in result["models"].items():
+        step = row["step_ratio"]
+        print(
+            f"{name:<20}{row['bytes_kept_per_image'] / 1e6:>14.1f}{row['bytes_kept_ratio']:>7.2f}"
+            f"{1e3 * row['step_median_seconds']:>10.1f}  {step['median']:.2f} ({step['low']:.2f}–{step['high']:.2f})"
+        )
+    if args.json:
+        _write_json(args.json, result)
 
 
 def list_models(args: argparse.Namespace) -> None:
@@ -226,6 +409,12 @@ def list_models(args: argparse.Namespace) -> None:
     print("* ImageNet-1k accuracy in percent as published by the paper's authors, not reproduced here")
 
 
+def _command() -> str:
+    """What to type for ``qtvit``: make calls the command by its path."""
+    called = Path(sys.argv[0])
+    return "qtvit" if shutil.which("qtvit") or called.name != "qtvit" else str(called)
+
+
 def _print_summary(summary: "RunSummary") -> None:
     top5 = f" (top-5 {summary.top5:.2f} %)" if summary.top5 < 100 else ""
     print(
@@ -236,7 +425,8 @@ Done: {summary.run}
   MACs         {summary.num_macs / 1e6:.1f} M per image
   speed        {summary.images_per_second:.0f} images/s (forward pass on the training device)
   training     {summary.train_seconds:.0f} s
-  files        best.safetensors (the model), curves.png, confusion.png, predictions.png, summary.json, config.yaml"""
+  files        best.safetensors (the model), curves, confusion, calibration, mistakes and predictions as .png,
+               summary.json, scores.json, per_class.csv, config.yaml"""
     )
 
 
@@ -244,6 +434,8 @@ def _make_parent(path: Path | None) -> None:
     """The folder of an output file, made before the work that the file is to hold."""
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
+        if not os.access(path.parent, os.W_OK):
+            raise PermissionError(f"{path.parent}: no permission to write into this folder")
 
 
 def _write_json(path: Path, content: object) -> None:

@@ -6,15 +6,16 @@ Importing it registers the models with timm: ``import qtvit, timm; timm.create_m
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from . import models
 from .version import __version__
 
 if TYPE_CHECKING:
     from .deploy import Predictor
+    from .training.classify import RunSummary
 
-__all__ = ["__version__", "load", "models"]
+__all__ = ["__version__", "load", "models", "train_classifier"]
 
 
 def load(path: str | Path, device: str = "auto") -> Predictor:
@@ -22,3 +23,18 @@ def load(path: str | Path, device: str = "auto") -> Predictor:
     from .deploy import Predictor
 
     return Predictor.load(path, device)
+
+
+def train_classifier(**options: Any) -> RunSummary:
+    """``qtvit train classify`` with its options as keyword arguments, those of a group as a dictionary.
+
+    ``train_classifier(data="photos", model="qtvit_1", epochs=50, optim={"layer_decay": 0.8})``; see
+    `qtvit.training.config.TrainConfig` for all of them, besides ``recipe``.
+
+    Raises:
+        ValueError, FileNotFoundError: as the command's errors.
+    """
+    from .training.classify import train_classifier
+    from .training.config import train_config
+
+    return train_classifier(train_config(**options))

@@ -54,7 +54,7 @@ def bench_training(
     steps: dict[str, Callable[[], None]] = {}
     kept = {}
     for name in names:
-        model = build_model(name).train().to(where, memory_format=torch.channels_last)
+        model = build_model(name).train().to(where).to(memory_format=torch.channels_last)
         forward = partial(_loss, model, images, labels, autocast)
         kept[name] = bytes_kept(forward, model) / batch_size
         steps[name] = partial(_step, forward, model)

@@ -3,9 +3,8 @@
 import json
 import math
 import random
-import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,26 +12,32 @@ from typing import Any
 import lightning
 import timm
 import torch
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, EarlyStopping
 from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
-from timm.optim import param_groups_weight_decay
+from timm.models import group_parameters
+from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader
+from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
-from qtvit.checkpoints import BEST, ModelInfo, load_model
-from qtvit.data import DIGITS, ImageDataset, LabelledImages, Preprocess, load_labelled_images
+from qtvit import console
+from qtvit.checkpoints import BEST, ModelInfo, load_model, own_args
+from qtvit.data import DIGITS, ImageDataset, LabelledImages, Preprocess, drop_broken, load_labelled_images
+from qtvit.data.sampling import EpochBatches, SeededDataset, fixed_keys, seed_everywhere
 from qtvit.deploy import Predictor
 from qtvit.device import resolve_device
 from qtvit.files import write_text
 from qtvit.models import ARCHITECTURES, QTViT, build_model, model_cost
 
+from .callbacks import EpochLog, EstimateBatchNorm, SaveBest, SaveState
 from .config import AugmentConfig, TrainConfig, save_config
 from .evaluate import evaluate
-from .plots import plot_confusion, plot_curves, plot_predictions
-from .run import EstimateBatchNorm, SaveBest, build_trainer, create_run_folder, default_workers, set_threads
+from .plots import plot_curves
+from .report import write_report
+from .run import build_trainer, create_run_folder, default_workers, find_state, lock_run, set_threads
 
 EPOCH_COLUMNS = {"train/loss": "loss {:.4f}", "val/loss": "held-out loss {:.4f}", "val/top1": "top-1 {:.2f} %"}
 
@@ -59,27 +64,51 @@ class RunSummary:
 
 
 class Classifier(lightning.LightningModule):
-    """A network, its loss, optimiser and metrics."""
+    """A network, its loss, optimiser and metrics.
 
-    def __init__(self, model: nn.Module, num_classes: int, config: TrainConfig) -> None:
+    Args:
+        model: the network.
+        num_classes: its outputs.
+        config: of the run.
+        class_weights: (num_classes,) weights of the loss, or None.
+    """
+
+    def __init__(
+        self, model: nn.Module, num_classes: int, config: TrainConfig, class_weights: Tensor | None = None
+    ) -> None:
         super().__init__()
         self.model = model
         self.config = config
+        self.class_weights: Tensor | None
+        self.register_buffer("class_weights", class_weights, persistent=False)
+        self.train_loss = MeanMetric()
+        self.train_loss.persistent(True)  # so that an epoch that was interrupted has the same mean
         self.top1 = MulticlassAccuracy(num_classes, average="micro")
         self.top5 = MulticlassAccuracy(num_classes, average="micro", top_k=min(5, num_classes))
+        self.frozen = freeze(model, config.freeze)
+        self.train()
+
+    def train(self, mode: bool = True) -> "Classifier":
+        super().train(mode)
+        for module in self.frozen:
+            module.eval()
+        return self
+
+    def on_train_batch_start(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        seed_everywhere(self.config.seed, self.trainer.global_step, self.global_rank)
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         images, labels = batch
         logits = self.model(images.contiguous(memory_format=torch.channels_last))
-        loss = F.cross_entropy(logits, labels, label_smoothing=self.config.optim.label_smoothing)
+        loss = F.cross_entropy(
+            logits, labels, weight=self.class_weights, label_smoothing=self.config.optim.label_smoothing
+        )
         if not loss.isfinite():
             raise FloatingPointError(
-                f"the loss is {loss.item()} in epoch {self.current_epoch}, batch {batch_idx}; try a lower --lr"
+                f"the loss is {loss.item()} in epoch {self.current_epoch + 1}, batch {batch_idx + 1}; try a lower --lr"
             )
-        self.log("train/loss", loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(labels))
-        self.log(
-            "lr", self.trainer.optimizers[0].param_groups[0]["lr"], on_step=False, on_epoch=True, batch_size=len(labels)
-        )
+        self.train_loss.update(loss.detach(), len(labels))
+        self.log("loss", loss.detach(), prog_bar=True, logger=False)
         return loss
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
@@ -92,16 +121,17 @@ class Classifier(lightning.LightningModule):
     def on_validation_epoch_end(self) -> None:
         self.log("val/top1", 100 * self.top1.compute(), prog_bar=True)
         self.log("val/top5", 100 * self.top5.compute())
-        self.top1.reset()
-        self.top5.reset()
+        self.log("train/loss", self.train_loss.compute())
+        self.log("lr", self.trainer.optimizers[0].param_groups[-1]["lr"])
+        for metric in (self.top1, self.top5, self.train_loss):
+            metric.reset()
 
     def configure_optimizers(self) -> Any:
-        optim, num_epochs = self.config.optim, self.config.epochs
-        optimizer = torch.optim.AdamW(
-            parameter_groups(self.model, optim.weight_decay), lr=self.config.lr, betas=optim.betas
-        )
+        config, optim = self.config, self.config.optim
+        groups = parameter_groups(self.model, config.lr, optim.weight_decay, optim.layer_decay)
+        optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=optim.betas)
         num_steps = int(self.trainer.estimated_stepping_batches)
-        num_warmup = round(num_steps * min(optim.warmup_epochs / num_epochs, 0.5))
+        num_warmup = round(num_steps * min(optim.warmup_epochs / config.epochs, 0.5))
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: warmup_cosine(step, num_steps=num_steps, num_warmup=num_warmup)
         )
@@ -115,68 +145,151 @@ def warmup_cosine(step: int, *, num_steps: int, num_warmup: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * min((step - num_warmup) / max(num_steps - num_warmup, 1), 1)))
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Parameters with and without decay; ours by ``QTViT.no_weight_decay``, timm's models by timm's rule."""
-    if not isinstance(model, QTViT):
-        skip: Any = getattr(model, "no_weight_decay", set)
+def parameter_groups(
+    model: nn.Module, lr: float, weight_decay: float, layer_decay: float = 1.0
+) -> list[dict[str, Any]]:
+    """Trainable parameters with and without decay; ours by ``QTViT.no_weight_decay``, timm's models by timm's rule.
+
+    With ``layer_decay`` below 1, ``lr`` is multiplied by it once for every layer (as ``group_matcher`` counts them)
+    that comes after the parameter's own; the last group is the head's.
+    """
+    ours = isinstance(model, QTViT)
+    skip: Any = getattr(model, "no_weight_decay", set)
+    if layer_decay < 1:
+        groups = param_groups_layer_decay(
+            model,
+            weight_decay,
+            no_weight_decay_list=skip(),
+            weight_decay_exclude_1d=not ours,
+            layer_decay=layer_decay,
+        )
+        return [{**group, "lr": lr * group["lr_scale"]} for group in groups]
+    if not ours:
         return param_groups_weight_decay(model, weight_decay, no_weight_decay_list=skip())
-    exempt = model.no_weight_decay()
-    named = list(model.named_parameters())
+    exempt = skip()
+    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     return [
-        {"params": [p for name, p in named if name not in exempt], "weight_decay": weight_decay},
-        {"params": [p for name, p in named if name in exempt], "weight_decay": 0.0},
+        {"params": [p for name, p in trained if name in exempt], "weight_decay": 0.0},
+        {"params": [p for name, p in trained if name not in exempt], "weight_decay": weight_decay},
     ]
+
+
+def freeze(model: nn.Module, what: str | None) -> list[nn.Module]:
+    """Take parameters out of training; the modules that hold nothing else, whose statistics have to stay too.
+
+    Args:
+        model: one of timm's, as its ``group_matcher`` tells the stages apart.
+        what: "backbone" for all but the head, "stages=N" for the stem and the first N stages, or None.
+
+    Raises:
+        ValueError: the model has fewer stages, or does not tell.
+    """
+    if what is None:
+        return []
+    matcher: Any = getattr(model, "group_matcher", None)
+    if matcher is None:
+        raise ValueError(f"--freeze {what}: {type(model).__name__} does not say what its stages are (no group_matcher)")
+    layer_of = group_parameters(model, matcher(coarse=True), reverse=True)  # the stem is 0, the head last
+    num_stages = max(layer_of.values()) - 1
+    last = num_stages if what == "backbone" else int(what.removeprefix("stages="))
+    if last > num_stages:
+        raise ValueError(f"--freeze {what}: {type(model).__name__} has {num_stages} stages")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(layer_of[name] > last)
+    return [
+        module
+        for module in model.modules()
+        if any(True for _ in module.parameters()) and not any(p.requires_grad for p in module.parameters())
+    ]
+
+
+def class_weights(labels: Sequence[int], num_classes: int, how: str | None) -> Tensor | None:
+    """(num_classes,) weights of the loss: "balanced" is N / (num_classes · N_c), the same part for each class."""
+    if how is None:
+        return None
+    counts = torch.bincount(torch.tensor(labels), minlength=num_classes)
+    return len(labels) / (num_classes * counts.clamp_min(1)).float()
 
 
 def train_classifier(config: TrainConfig) -> RunSummary:
     """Train as ``config`` says, and leave in the run folder the model file, logs, curves, scores and pictures.
 
     Raises:
-        FileNotFoundError, ValueError: data, model, device or checkpoint that are not there or do not fit.
+        FileNotFoundError, ValueError: data, model, device, checkpoint or run that are not there or do not fit.
+        Interrupted: the user pressed Ctrl-C; the run can be resumed.
     """
     device = resolve_device(config.device)
     if config.precision == "16-mixed" and device.type == "cpu":
         raise ValueError("--precision 16-mixed needs a GPU; on the CPU use bf16-mixed or 32-true")
-    data = load_labelled_images(config.data, val_fraction=config.val_fraction, seed=config.seed)
-    if config.batch_size > len(data.train):
-        raise ValueError(f"--batch-size {config.batch_size} is more than the {len(data.train)} training images")
+    state, past = find_state(Path(config.resume)) if config.resume else (None, {})
+    if past.get("next", [0])[0] >= config.epochs:
+        raise ValueError(f"{config.resume} is finished; --checkpoint {config.resume} starts a new run from its weights")
+    data = _read_data(config, past)
     if config.num_workers is None:
         config = replace(config, num_workers=default_workers(config.data == DIGITS))
     set_threads(config.num_threads, config.num_workers or 0)
     lightning.seed_everything(config.seed, workers=True, verbose=False)
-    model, info = _build(config, data)
-    train_loader, val_loader, bn_loader = _loaders(config, data, Preprocess(**info.preprocess))
+    model, info = _build_again(past) if past else _build(config, data)
+    weights = class_weights([label for _, label in data.train], len(data.classes), config.optim.class_weights)
+    task = Classifier(model.to(memory_format=torch.channels_last), len(data.classes), config, weights)
+    batches = EpochBatches(len(data.train), config.batch_size, config.seed)
+    train_loader, val_loader, bn_loader = _loaders(config, data, Preprocess(**info.preprocess), batches)
 
-    run = create_run_folder(config.output, f"{config.model}-{data.name}")
-    save_config(_resolved(config, info, device), run / "config.yaml")
-    print(
-        f"Training {config.model} on {data.name}: {len(data.classes)} classes, {len(data.train)} training and "
-        f"{len(data.val)} held-out images of {'x'.join(map(str, info.preprocess['size']))} px, on {device}.\n"
-        f"Run folder: {run}"
-    )
-    task = Classifier(model.to(memory_format=torch.channels_last), len(data.classes), config)
-    callbacks: list[Callback] = [SaveBest(run / BEST, model, info, monitor="val/top1")]
-    if bn_loader is not None:
-        callbacks.append(EstimateBatchNorm(bn_loader, model))
-    trainer = build_trainer(config, device, run, EPOCH_COLUMNS, callbacks)
-    start = time.perf_counter()
-    with warnings.catch_warnings():
-        for known in ("does not have many workers", "exists and is not empty", "LeafSpec"):
-            warnings.filterwarnings("ignore", message=f".*{known}")
-        trainer.fit(task, train_loader, val_loader)
-    return _report(config, data, run, time.perf_counter() - start)
+    run = Path(config.resume) if config.resume else create_run_folder(config.output, f"{config.model}-{data.name}")
+    with lock_run(run):
+        if not past:
+            save_config(_resolved(config, info, device), run / "config.yaml")
+        console.say(
+            f"Training {config.model} on {data.name}: {len(data.classes)} classes, {len(data.train)} training and "
+            f"{len(data.val)} held-out images of {'x'.join(map(str, info.preprocess['size']))} px, on {device}.\n"
+            f"Run folder: {run}"
+        )
+        log = EpochLog(run / "metrics.csv", EPOCH_COLUMNS)
+        callbacks: list[Callback] = [SaveBest(run / BEST, model, info, monitor="val/top1")]
+        if bn_loader is not None:
+            callbacks.append(EstimateBatchNorm(bn_loader, model, config.seed))
+        if config.early_stopping:
+            callbacks.append(EarlyStopping("val/top1", mode="max", patience=config.early_stopping))
+        save_state = SaveState(run, batches, {"data": data.digest(), "info": asdict(info)})
+        callbacks += [log, save_state]
+        with warnings.catch_warnings(), save_state.listening():
+            trainer = build_trainer(config, device, run, callbacks)
+            trainer.fit(task, train_loader, val_loader, ckpt_path=state)
+        if trainer.current_epoch < config.epochs:
+            console.say(f"stopped early: no better top-1 in {config.early_stopping} epochs")
+        return _report(config, data, run, log.seconds)
 
 
-def _build(config: TrainConfig, data: LabelledImages) -> tuple[nn.Module, ModelInfo]:
+def _read_data(config: TrainConfig, past: dict[str, Any]) -> LabelledImages:
+    """The images to train on; those of the run that ``past`` describes, if it does."""
+    data = load_labelled_images(config.data, val_fraction=config.val_fraction, seed=config.seed)
+    if config.on_bad_image == "skip":
+        data = replace(data, train=drop_broken(data.train, data.classes), val=drop_broken(data.val))
+    if config.batch_size > len(data.train):
+        raise ValueError(f"--batch-size {config.batch_size} is more than the {len(data.train)} training images")
+    if past and data.digest() != past["data"]:
+        raise ValueError(f"{config.data} is not what {config.resume} was training on: images were added or removed")
+    return data
+
+
+def _build_again(past: dict[str, Any]) -> tuple[Any, ModelInfo]:
+    """The model of the run that ``past`` describes, whose weights its training state holds."""
+    info = ModelInfo(**past["info"])
+    return build_model(info.model, **info.model_args).train(), info
+
+
+def _build(config: TrainConfig, data: LabelledImages) -> tuple[Any, ModelInfo]:
     """The model to train, from random weights or from ``config.checkpoint``, and its description."""
     classes = list(data.classes)
-    model: Any
+    model: Any  # timm's models have methods that torch's do not know of
     if config.checkpoint is not None:
         model, source = load_model(config.checkpoint, **config.model_args)
         if source.model != config.model:
             raise ValueError(f"--checkpoint {config.checkpoint} holds {source.model}, not {config.model}")
         if source.classes != classes:
-            print(f"{config.checkpoint} tells {', '.join(source.classes[:5])}, … apart: its classifier starts anew")
+            console.say(
+                f"{config.checkpoint} tells {', '.join(source.classes[:5])}, … apart: its classifier starts anew"
+            )
             model.reset_classifier(len(classes))
         model_args = {**source.model_args, "num_classes": len(classes)}
         preprocess = Preprocess(**source.preprocess)
@@ -191,7 +304,11 @@ def _build(config: TrainConfig, data: LabelledImages) -> tuple[nn.Module, ModelI
     preprocess = replace(
         preprocess, size=config.image_shape() or preprocess.size, crop_pct=config.crop_pct or preprocess.crop_pct
     )
-    return model.train(), ModelInfo(config.model, model_args, classes, asdict(preprocess), split=data.split)
+    smallest = model.feature_info[-1]["reduction"] if isinstance(model, QTViT) else 1
+    if min(preprocess.size) < smallest:
+        size = "x".join(map(str, preprocess.size))
+        raise ValueError(f"--img-size {size} is below {config.model}'s minimum of {smallest} px, its largest stride")
+    return model.train(), ModelInfo(config.model, own_args(model_args), classes, asdict(preprocess), split=data.split)
 
 
 def _takes_img_size(model: str) -> bool:
@@ -214,7 +331,7 @@ def _resolved(config: TrainConfig, info: ModelInfo, device: torch.device) -> Tra
 
 
 def _loaders(
-    config: TrainConfig, data: LabelledImages, preprocess: Preprocess
+    config: TrainConfig, data: LabelledImages, preprocess: Preprocess, batches: EpochBatches
 ) -> tuple[DataLoader, DataLoader, DataLoader | None]:
     """Batches for training, for evaluation, and for the BatchNorm statistics if they are to be estimated."""
     try:
@@ -223,18 +340,15 @@ def _loaders(
         value = config.augment.auto_augment
         raise ValueError(f"--augment.auto-augment {value!r} is not one of timm's: {error}") from error
     num_workers = config.num_workers or 0
-    common: dict[str, Any] = {
-        "batch_size": config.batch_size,
-        "num_workers": num_workers,
-        "persistent_workers": num_workers > 0,
-    }
-    train_set = ImageDataset(data.train, train_transform)
-    num_bn_images = min(max(config.bn_images, config.batch_size), len(train_set))
-    bn_set = Subset(train_set, random.Random(config.seed).sample(range(len(train_set)), num_bn_images))
+    common: dict[str, Any] = {"num_workers": num_workers, "persistent_workers": num_workers > 0}
+    train_set = SeededDataset(ImageDataset(data.train, train_transform), config.seed)
+    num_bn_images = min(max(config.bn_images, config.batch_size), len(data.train))
+    bn_keys = fixed_keys(random.Random(config.seed).sample(range(len(data.train)), num_bn_images))
+    bn_loader = DataLoader(train_set, config.batch_size, sampler=bn_keys, drop_last=True, **common)
     return (
-        DataLoader(train_set, shuffle=True, drop_last=True, **common),
-        DataLoader(ImageDataset(data.val, preprocess.transform()), **common),
-        DataLoader(bn_set, drop_last=True, **common) if config.bn_images else None,
+        DataLoader(train_set, batch_sampler=batches, **common),
+        DataLoader(ImageDataset(data.val, preprocess.transform()), config.batch_size, **common),
+        bn_loader if config.bn_images else None,
     )
 
 
@@ -260,8 +374,7 @@ def _report(config: TrainConfig, data: LabelledImages, run: Path, train_seconds:
     predictor = Predictor.load(run, config.device)
     evaluation = evaluate(predictor, data.val, batch_size=config.batch_size, num_workers=config.num_workers or 0)
     plot_curves(run / "metrics.csv", run / "curves.png")
-    plot_confusion(evaluation, run / "confusion.png")
-    plot_predictions(evaluation, data.val, run / "predictions.png")
+    write_report(evaluation, data.val, run)
     cost = model_cost(predictor.model, predictor.preprocess.size)
     summary = RunSummary(
         run=str(run),

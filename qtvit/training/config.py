@@ -6,6 +6,7 @@ these dataclasses; a name that does not exist is an error.
 
 from __future__ import annotations
 
+import json
 import re
 from argparse import ArgumentParser as ArgumentParserBase
 from argparse import HelpFormatter
@@ -17,6 +18,7 @@ from typing import Any, Literal
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
+from qtvit.data.transforms import parse_size
 from qtvit.errors import unknown_name
 from qtvit.files import write_text
 
@@ -32,6 +34,9 @@ class OptimConfig:
             half of them); then it falls along a cosine.
         grad_clip: largest absolute value of a gradient entry; null to not clip.
         label_smoothing: probability mass spread over all classes.
+        layer_decay: factor of the learning rate from each block to the one before it; 1 for the same in all, about 0.8
+            to fine-tune.
+        class_weights: balanced to weigh the loss of each class by the inverse of its number of training images.
     """
 
     weight_decay: float = 0.05
@@ -39,6 +44,8 @@ class OptimConfig:
     warmup_epochs: float = 1.0
     grad_clip: float | None = 2.0
     label_smoothing: float = 0.1
+    layer_decay: float = 1.0
+    class_weights: Literal["balanced"] | None = None
 
     def __post_init__(self) -> None:
         _require(self.weight_decay >= 0, "optim.weight_decay", self.weight_decay, "0 or more")
@@ -48,6 +55,7 @@ class OptimConfig:
             self.grad_clip is None or self.grad_clip > 0, "optim.grad_clip", self.grad_clip, "more than 0, or null"
         )
         _require(0 <= self.label_smoothing < 1, "optim.label_smoothing", self.label_smoothing, "from 0 to below 1")
+        _require(0 < self.layer_decay <= 1, "optim.layer_decay", self.layer_decay, "above 0, at most 1")
 
 
 @dataclass
@@ -96,6 +104,10 @@ class TrainConfig:
         batch_size: images per step.
         lr: peak learning rate.
         checkpoint: run folder or model file to start from; default: random weights.
+        resume: run folder whose training is to go on where it stopped; its own settings apply, but for data, device,
+            num_workers and num_threads.
+        freeze: backbone to train the classifier's head alone, stages=N to keep the first N stages as they are.
+        early_stopping: epochs without a better held-out top-1 after which training ends; null for never.
         output: run folder to create; default: runs/MODEL-DATA, numbered when taken.
         seed: of the split, the initial weights and the augmentation.
         device: auto, cpu, cuda, cuda:1, mps.
@@ -105,6 +117,7 @@ class TrainConfig:
             share cores slow each other down many times over).
         bn_images: training images on which the BatchNorm statistics are estimated anew before each evaluation, as the
             running averages lag far behind a fast-learning network; 0 to keep the running averages.
+        on_bad_image: stop at an image that cannot be read, or skip all of those (then all are read once, first).
         val_fraction: part of each class held out when the data has no val folder.
         crop_pct: part of the image's shorter side that evaluation sees; default: the model's own.
         model_args: further arguments of the model, such as {kernel: taylor2_paper, drop_path_rate: 0.1}.
@@ -119,6 +132,9 @@ class TrainConfig:
     batch_size: int = 64
     lr: float = 1e-3
     checkpoint: str | None = None
+    resume: str | None = None
+    freeze: str | None = None
+    early_stopping: int | None = None
     output: str | None = None
     seed: int = 0
     device: str = "auto"
@@ -126,6 +142,7 @@ class TrainConfig:
     num_workers: int | None = None
     num_threads: int | None = None
     bn_images: int = 2048
+    on_bad_image: Literal["stop", "skip"] = "stop"
     val_fraction: float = 0.2
     crop_pct: float | None = None
     model_args: dict[str, Any] = field(default_factory=dict)
@@ -136,23 +153,32 @@ class TrainConfig:
         _require(self.epochs >= 1, "epochs", self.epochs, "1 or more")
         _require(self.batch_size >= 1, "batch_size", self.batch_size, "1 or more")
         _require(self.lr > 0, "lr", self.lr, "more than 0")
+        _require(self.seed >= 0, "seed", self.seed, "0 or more")
         _require(0 < self.val_fraction < 1, "val_fraction", self.val_fraction, "between 0 and 1")
         _require(self.crop_pct is None or 0 < self.crop_pct <= 1, "crop_pct", self.crop_pct, "above 0, at most 1")
         _require(self.num_workers is None or self.num_workers >= 0, "num_workers", self.num_workers, "0 or more")
         _require(self.num_threads is None or self.num_threads >= 1, "num_threads", self.num_threads, "1 or more")
         _require(self.bn_images >= 0, "bn_images", self.bn_images, "0 or more")
+        _require(
+            self.early_stopping is None or self.early_stopping >= 1, "early_stopping", self.early_stopping, "1 or more"
+        )
+        _require(
+            self.freeze is None or re.fullmatch(r"backbone|stages=[1-9]\d*", self.freeze) is not None,
+            "freeze",
+            self.freeze,
+            "backbone, or stages=N",
+        )
         for name in ("num_classes", "in_chans"):
             _require(name not in self.model_args, f"model_args.{name}", self.model_args.get(name), "left to the data")
         self.image_shape()
 
     def image_shape(self) -> tuple[int, int] | None:
         """``img_size`` as (H, W)."""
-        if self.img_size is None:
-            return None
-        match = re.fullmatch(r"(\d+)(?:x(\d+))?", str(self.img_size))
-        shape = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
-        _require(min(shape) > 0, "img_size", self.img_size, "a side such as 224, or HEIGHTxWIDTH such as 160x256")
-        return shape
+        return None if self.img_size is None else parse_size(self.img_size)
+
+
+RESUMABLE = ("resume", "data", "device", "num_workers", "num_threads")
+"""Options that may be given when a run goes on."""
 
 
 def parse_config(argv: list[str]) -> TrainConfig:
@@ -169,10 +195,12 @@ def parse_config(argv: list[str]) -> TrainConfig:
     parser.add_class_arguments(TrainConfig, as_group=False)
     argv = [re.sub(r"^--[^=]+", lambda name: "--" + name[0][2:].replace("-", "_"), arg) for arg in argv]
     options = ["recipe", "help", "print_config", *_dotted_names(TrainConfig)]
-    for arg in argv:
-        name = arg[2:].split("=")[0]
-        if arg.startswith("--") and name not in options and not name.startswith("model_args."):
+    given = [arg[2:].split("=")[0] for arg in argv if arg.startswith("--")]
+    for name in given:
+        if name not in options and not name.startswith("model_args."):
             raise unknown_name("option", _as_option(name), map(_as_option, options))
+    if "resume" in given:
+        argv = _resumed(argv, given)
     try:
         values = parser.instantiate(parser.parse_args(_recipe_first(argv)))
     except ArgumentError as error:
@@ -190,6 +218,35 @@ def recipe_names() -> list[str]:
     """Names of the recipes that come with qtvit."""
     root = resources.files("qtvit") / "recipes"
     return sorted(str(path.relative_to(str(root)).with_suffix("")) for path in Path(str(root)).rglob("*.yaml"))
+
+
+def train_config(**options: Any) -> TrainConfig:
+    """The configuration of the same options as keyword arguments: ``recipe``, those of `TrainConfig`, and those of its
+    parts as dictionaries, such as ``optim={"layer_decay": 0.8}``. Errors as `parse_config`.
+    """
+    argv = []
+    for name, value in options.items():
+        group = value if isinstance(value, dict) and name != "model_args" else {"": value}
+        for key, item in group.items():
+            text = str(item) if isinstance(item, (str, Path)) else json.dumps(item)
+            argv.append(f"--{name}{'.' if key else ''}{key}={text}")
+    return parse_config(argv)
+
+
+def _resumed(argv: list[str], given: list[str]) -> list[str]:
+    """``argv`` with the settings of the run that ``--resume`` names."""
+    changed = [name for name in given if name not in ("help", *RESUMABLE)]
+    if changed:
+        raise ValueError(
+            f"{_as_option(changed[0])} cannot change when a run goes on ({', '.join(map(_as_option, RESUMABLE[1:]))} "
+            "can); --checkpoint RUN starts a new run from its weights"
+        )
+    finder = ArgumentParserBase(add_help=False, allow_abbrev=False)
+    finder.add_argument("--resume", default="")
+    run = Path(finder.parse_known_args(argv)[0].resume)
+    if not (run / "config.yaml").is_file():
+        raise FileNotFoundError(f"{run}: no config.yaml in this folder, so it is no run folder")
+    return ["--recipe", str(run / "config.yaml"), *argv]
 
 
 def _recipe_first(argv: list[str]) -> list[str]:

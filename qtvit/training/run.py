@@ -1,30 +1,27 @@
-"""What runs of every task share: the run folder, processes and threads, the Lightning trainer and its callbacks."""
+"""What runs of every task share: the run folder, processes and threads, the Lightning trainer."""
 
 import itertools
 import logging
 import os
 import re
 import sys
-import time
-from collections.abc import Mapping
-from dataclasses import replace
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import lightning
 import torch
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint, TQDMProgressBar
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-from torch import nn
-from torch.optim.swa_utils import update_bn
-from torch.utils.data import DataLoader
-from tqdm import tqdm
+from filelock import FileLock, Timeout
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import TensorBoardLogger
 
-from qtvit.checkpoints import ModelInfo, save_model
+from qtvit import console
+from qtvit.files import open_folder
 
+from .callbacks import LAST, PREVIOUS, CheckpointFiles, ProgressBar
 from .config import TrainConfig
-
-LAST = "last.ckpt"
 
 
 def create_run_folder(output: str | None, default_name: str) -> Path:
@@ -32,22 +29,21 @@ def create_run_folder(output: str | None, default_name: str) -> Path:
 
     Raises:
         ValueError: ``output`` exists and is not empty.
+        OSError: it cannot be written to.
     """
     if output is not None:
         run = Path(output)
         if run.exists() and (not run.is_dir() or any(run.iterdir())):
             raise ValueError(f"--output {run} exists already and is not empty; name another folder")
-        run.mkdir(parents=True, exist_ok=True)
-        return run
+        return open_folder(run)
     name = re.sub(r"[^\w.-]+", "-", default_name)
     for number in itertools.count(1):
         run = Path("runs") / (name if number == 1 else f"{name}-{number}")
         try:
-            run.mkdir(parents=True)
+            return open_folder(run, exist_ok=False)
         except FileExistsError:
             continue
-        break
-    return run
+    raise AssertionError("the numbers do not end")
 
 
 def num_cores() -> int:
@@ -66,19 +62,50 @@ def set_threads(num_threads: int | None, num_workers: int) -> None:
         torch.set_num_threads(num_threads or max(num_cores() - num_workers, 1))
 
 
+@contextmanager
+def lock_run(run: Path) -> Iterator[None]:
+    """The run folder for this process alone.
+
+    Raises:
+        ValueError: another process trains in it.
+    """
+    lock = FileLock(run / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise ValueError(f"{run}: another process is training in this run folder") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def find_state(run: Path) -> tuple[Path, dict[str, Any]]:
+    """The newest undamaged training state in ``run``: its file and the description that `SaveState` put there.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: all that are there are damaged.
+    """
+    found = [run / name for name in (LAST, PREVIOUS) if (run / name).is_file()]
+    if not found:
+        raise FileNotFoundError(f"{run}: no {LAST} in this folder, so no run can go on from there")
+    for path in found:
+        try:
+            return path, CheckpointFiles().load_checkpoint(path)["qtvit"]
+        except Exception as error:  # torch raises nearly anything for a damaged file
+            console.say(f"{path} is damaged ({type(error).__name__}); trying the checkpoint before it")
+    raise ValueError(f"{run}: {' and '.join(path.name for path in found)} cannot be read")
+
+
 def build_trainer(
-    config: TrainConfig, device: torch.device, run: Path, columns: Mapping[str, str], callbacks: list[Callback]
+    config: TrainConfig, device: torch.device, run: Path, callbacks: list[Callback], **options: Any
 ) -> lightning.Trainer:
-    """Lightning's trainer with logs, checkpoints and progress in ``run``; for ``columns`` see `EpochLines`."""
+    """Lightning's trainer with logs, checkpoints and progress in ``run``."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    interactive = sys.stderr.isatty()
-    callbacks = [
-        *callbacks,
-        ModelCheckpoint(run, filename=Path(LAST).stem, enable_version_counter=False),
-        EpochLines(columns),
-    ]
-    if interactive:
-        callbacks.append(ProgressBar(leave=False))
+    for known in ("does not have many workers", "exists and is not empty", "LeafSpec", "not resumable", "in eval mode"):
+        warnings.filterwarnings("ignore", message=f".*{known}")
+    interactive = sys.stderr.isatty() and not console.is_quiet()
     return lightning.Trainer(
         accelerator=device.type,
         devices=1 if device.index is None else [device.index],
@@ -86,81 +113,14 @@ def build_trainer(
         max_epochs=config.epochs,
         gradient_clip_val=config.optim.grad_clip,
         gradient_clip_algorithm="value",
-        callbacks=callbacks,
-        logger=[CSVLogger(run, name="", version=""), TensorBoardLogger(run, name="", version="tensorboard")],
+        callbacks=[*callbacks, ProgressBar(leave=False)] if interactive else callbacks,
+        logger=TensorBoardLogger(run, name="", version="tensorboard"),
+        plugins=[CheckpointFiles()],
+        enable_checkpointing=False,
         enable_progress_bar=interactive,
         enable_model_summary=False,
         num_sanity_val_steps=0,
+        use_distributed_sampler=False,
         log_every_n_steps=1,
+        **options,
     )
-
-
-class SaveBest(Callback):
-    """Writes the model file whenever ``monitor``, the higher the better, is the best so far."""
-
-    def __init__(self, path: Path, model: nn.Module, info: ModelInfo, monitor: str) -> None:
-        self.path = path
-        self.model = model
-        self.info = info
-        self.monitor = monitor
-        self.best = float("-inf")
-
-    def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        scores = {name: float(x) for name, x in trainer.callback_metrics.items() if name.startswith("val/")}
-        if scores[self.monitor] > self.best:
-            self.best = scores[self.monitor]
-            metrics = {name.removeprefix("val/"): score for name, score in scores.items()}
-            info = replace(self.info, metrics={**metrics, "epoch": trainer.current_epoch + 1})
-            save_model(self.path, self.model.state_dict(), info)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"best": self.best}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.best = state_dict["best"]
-
-
-class EstimateBatchNorm(Callback):
-    """Averages the BatchNorm statistics over ``loader`` before each evaluation, as EfficientViT's recipe does."""
-
-    def __init__(self, loader: DataLoader, model: nn.Module) -> None:
-        self.loader = loader
-        self.model = model
-
-    def on_validation_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        with torch.no_grad(), trainer.precision_plugin.forward_context():
-            update_bn(self.loader, self.model, device=pl_module.device)
-        pl_module.eval()
-
-
-class EpochLines(Callback):
-    """One line an epoch, which stays when the progress bar goes (and is all there is without a terminal).
-
-    ``columns`` maps the names of logged metrics to what is printed, with a place for the number: "top-1 {:.2f} %".
-    """
-
-    def __init__(self, columns: Mapping[str, str]) -> None:
-        self.columns = columns
-
-    def on_train_epoch_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        self.start = time.perf_counter()
-
-    def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        metrics = trainer.callback_metrics
-        seconds = time.perf_counter() - self.start
-        left = seconds * ((trainer.max_epochs or 0) - trainer.current_epoch - 1)
-        values = "  ".join(text.format(float(metrics[name])) for name, text in self.columns.items())
-        epoch = f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}"
-        tqdm.write(f"{epoch}  {values}  ({seconds:.1f} s, about {left:.0f} s to go)")
-        sys.stdout.flush()
-
-
-class ProgressBar(TQDMProgressBar):
-    """Lightning's progress bar without the logger's version number."""
-
-    def get_metrics(
-        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
-    ) -> dict[str, int | str | float | dict[str, float]]:
-        metrics = super().get_metrics(trainer, pl_module)
-        metrics.pop("v_num", None)
-        return metrics

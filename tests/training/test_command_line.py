@@ -1,6 +1,7 @@
 """The commands as a user types them, run in-process; true subprocesses only where the process itself is the point."""
 
 import dataclasses
+import errno
 import json
 import shutil
 import subprocess
@@ -15,7 +16,7 @@ import yaml
 from PIL import Image
 
 import qtvit
-from qtvit.checkpoints import load_model
+from qtvit.checkpoints import load_model, save_model
 from qtvit.data import load_labelled_images
 from qtvit.training.evaluate import held_out_samples
 from qtvit_cli import main
@@ -101,7 +102,7 @@ def test_predict_files_and_folders(run: Path, photos: Path, tmp_path: Path, caps
     assert len(rows) == 11
     assert [row["predictions"][0]["label"] for row in rows] == ["red", *["blue"] * 10]
     assert len(rows[0]["predictions"]) == 2
-    assert f"{image}: red" in capsys.readouterr().out
+    assert capsys.readouterr().out.split()[:2] == [str(image), "red"]
 
 
 def test_predict_from_python(run: Path, photos: Path) -> None:
@@ -224,6 +225,15 @@ def mistakes() -> list[tuple[str, str]]:
         (f"{train} --data {{photos}} --augment.interpolation foo", "--augment.interpolation: Expected a Literal"),
         (f"{train} --data {{photos}} --optim.betas [0.9,2]", "--optim.betas must be two numbers"),
         (f"{train} --data {{splits}}", "has validation/ but no train/"),
+        (f"{train} --data {{one_class}}", "one class only (red); there is nothing to tell apart"),
+        (f"{train} --data {{only_in_val}}", "class folders that the model or train/ does not have: cow"),
+        (f"{train} --data {{not_in_val}}", "val: no folders for blue, which"),
+        (f"{train} --data {{broken}}", ".png: broken image (image file is truncated"),
+        (f"{train} --data {{photos}}/red/1.png", "a file, where a folder of images is expected"),
+        (f"{train} --data {{photos}} --epochs 0", "--epochs must be 1 or more, got 0"),
+        (f"{train} --data {{photos}} --img-size 3", "--img-size 3x3 is below qtvit_nano's minimum of 4 px"),
+        (f"{train} --data {{photos}} --freeze stages=7", "--freeze stages=7: QTViT has 3 stages"),
+        (f"{train} --data {{photos}} --output {{photos}}/red/1.png/run", "cannot write to this folder"),
         (f"{train} --data {{photos}} --epohs 3", "unknown option '--epohs'; did you mean --epochs"),
         (f"{train} --data {{photos}} --recipe quikstart", "did you mean quickstart"),
         (f"{train} --data {{photos}} --device cuda:99", "no such device: 'cuda:99'; this machine has: cpu"),
@@ -238,6 +248,9 @@ def mistakes() -> list[tuple[str, str]]:
         ("eval {run} --data digits", "the digits are not what qtvit_nano was trained on"),
         ("eval {run} --data {foreign}", "does not have: cow"),
         ("eval {empty} --data {photos}", "no best.safetensors in this folder"),
+        ("eval {two_names} --data {photos}", "names 2 classes, but its qtvit_nano has 3"),
+        ("eval {run} --data {broken}", ".png: broken image (image file is truncated"),
+        ("eval {run} --data {photos} --output {run}", "exists already"),
         ("eval nowhere --data {photos}", "nowhere: no such run folder or model file"),
         ("predict {run} nowhere.jpg", "nowhere.jpg: no such image file"),
         ("predict {run} {empty}", "no images in this folder"),
@@ -247,22 +260,40 @@ def mistakes() -> list[tuple[str, str]]:
     ]
 
 
+def bad_folders(root: Path, photos: Path, run: Path) -> dict[str, Path]:
+    """Folders, and a model file, that cannot be worked with, by what is wrong with them."""
+    layouts = {
+        "foreign": ["cow"],
+        "splits": ["validation/red", "Testing/red"],
+        "one_class": ["red"],
+        "only_in_val": ["train/blue", "train/red", "val/blue", "val/cow", "val/red"],
+        "not_in_val": ["train/blue", "train/red", "val/red"],
+    }
+    for name, folders in layouts.items():
+        for folder in folders:
+            for i in range(4):
+                draw(root / name / folder / f"{i}.png", COLORS["red"], i)
+    (root / "empty").mkdir()
+    shutil.copytree(photos, root / "broken")
+    for image in (root / "broken" / "green").iterdir():
+        image.write_bytes(image.read_bytes()[:100])
+    model, info = load_model(run)
+    save_model(root / "two_names.safetensors", model.state_dict(), dataclasses.replace(info, classes=["a", "b"]))
+    return {name: root / name for name in ("empty", "broken", *layouts)} | {"two_names": root / "two_names.safetensors"}
+
+
 @pytest.mark.parametrize(("command", "message"), mistakes())
 def test_mistakes_get_one_line_and_exit_code_2(
     command: str, message: str, run: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "empty").mkdir()
-    draw(tmp_path / "foreign" / "cow" / "1.png", COLORS["red"], 0)
-    for part in ("validation", "Testing"):
-        draw(tmp_path / "splits" / part / "red" / "1.png", COLORS["red"], 0)
-    folders = {name: tmp_path / name for name in ("empty", "foreign", "splits")} | {"run": run, "photos": photos}
+    folders = {"run": run, "photos": photos, **bad_folders(tmp_path, photos, run)}
     output = ["--output", str(tmp_path / "out")] if "train" in command and "--output" not in command else []
     assert main([*command.format(**folders).split(), *output]) == 2
     captured = capsys.readouterr()
     assert message in captured.err
     assert captured.err.startswith("qtvit: error: ")
     assert captured.err.count("\n") == 1
-    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out" / "best.safetensors").exists()
 
 
 @pytest.mark.parametrize("num_workers", ["0", "1"])
@@ -278,6 +309,41 @@ def test_a_broken_image_is_named_whoever_reads_it(
     assert "png: not an image that can be read" in error
     assert "Traceback" not in error
     assert error.count("\n") == 1
+
+
+def test_a_folder_without_write_permission(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr("qtvit.files.tempfile.TemporaryFile", refuse)  # root may write anywhere
+    argv = f"train classify --model qtvit_nano --data {photos} --batch-size 8 --output {tmp_path / 'out'}"
+    assert main(argv.split()) == 2
+    assert (
+        capsys.readouterr().err
+        == f"qtvit: error: {tmp_path / 'out'}: cannot write to this folder (Permission denied)\n"
+    )
+
+
+@pytest.mark.parametrize(("megabytes", "file"), [(1, "best.safetensors"), (3, "last.ckpt")])
+def test_a_disk_that_fills(megabytes: int, file: str, photos: Path, tmp_path: Path) -> None:
+    """No file may grow beyond a limit, which is how a full disk looks to a program."""
+    resource = pytest.importorskip("resource")
+    limit = megabytes * 1_000_000
+    argv = f"train classify --model qtvit_nano --data {photos} --img-size 16 --epochs 1 --batch-size 8 --num-workers 0"
+    done = subprocess.run(
+        [sys.executable, "-m", "qtvit_cli", *argv.split(), "--output", str(tmp_path / "out")],
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert f"{file}" in done.stderr
+    assert "cannot be written" in done.stderr
+    assert not list((tmp_path / "out").glob(".*.tmp"))
+    assert not (tmp_path / "out" / file).exists()
 
 
 def test_options_out_of_range_are_refused_before_any_work(run: Path, tmp_path: Path) -> None:

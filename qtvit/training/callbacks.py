@@ -1,0 +1,233 @@
+"""What happens around the steps of every task's training: evaluation, checkpoints, logs, a way to stop."""
+
+import csv
+import io
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import lightning
+import torch
+from lightning.pytorch.callbacks import Callback, TQDMProgressBar
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+from torch import Tensor, nn
+
+from qtvit import console
+from qtvit.checkpoints import ModelInfo, save_model
+from qtvit.data.sampling import EpochBatches, seed_everywhere
+from qtvit.files import replacing, write_text
+
+LAST = "last.ckpt"
+PREVIOUS = "previous.ckpt"
+
+
+class Interrupted(BaseException):
+    """The user stopped the run, and its state is saved in the run folder that is the message."""
+
+
+class SaveBest(Callback):
+    """Writes the model file whenever ``monitor``, the higher the better, is the best so far."""
+
+    def __init__(self, path: Path, model: nn.Module, info: ModelInfo, monitor: str) -> None:
+        self.path = path
+        self.model = model
+        self.info = info
+        self.monitor = monitor
+        self.best = float("-inf")
+
+    def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        scores = {name: float(x) for name, x in trainer.callback_metrics.items() if name.startswith("val/")}
+        if scores[self.monitor] > self.best:
+            self.best = scores[self.monitor]
+            metrics = {name.removeprefix("val/"): score for name, score in scores.items()}
+            info = replace(self.info, metrics={**metrics, "epoch": trainer.current_epoch + 1})
+            save_model(self.path, self.model.state_dict(), info)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": self.best}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.best = state_dict["best"]
+
+
+class SaveState(Callback):
+    """Writes ``last.ckpt``, from which the run can go on, after every epoch and when the user presses Ctrl-C.
+
+    The first Ctrl-C lets the step (or the evaluation) end, saves, and raises `Interrupted`; the second is Python's.
+
+    Args:
+        run: the run folder.
+        batches: of the training images; set to the right place when a run goes on.
+        description: what has to be the same then, see `Classifier`; kept in the checkpoint.
+    """
+
+    def __init__(self, run: Path, batches: EpochBatches, description: dict[str, Any]) -> None:
+        self.run = run
+        self.batches = batches
+        self.description = description
+        self.stopping = False
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Within this context, Ctrl-C is for this callback (in the main thread, where Python delivers it)."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        self.before = signal.signal(signal.SIGINT, self._stop)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, self.before)
+
+    def on_train_epoch_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        if trainer.current_epoch != self.batches.epoch:
+            self.batches.go_to(trainer.current_epoch)
+
+    def on_train_batch_end(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        # The last step of an epoch belongs together with its evaluation.
+        if self.stopping and batch_idx + 1 < len(self.batches):
+            self._save_and_leave(trainer)
+
+    def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        if self.stopping:
+            self._save_and_leave(trainer)
+        trainer.save_checkpoint(self.run / LAST)
+
+    def on_save_checkpoint(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        done = trainer.fit_loop.epoch_loop.batch_progress.current.ready
+        mid_epoch = done < len(self.batches)
+        checkpoint["qtvit"] = {
+            **self.description,
+            "next": [trainer.current_epoch, done] if mid_epoch else [trainer.current_epoch + 1, 0],
+        }
+
+    def on_load_checkpoint(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        self.batches.go_to(*checkpoint["qtvit"]["next"])
+
+    def _stop(self, number: int, frame: FrameType | None) -> None:
+        self.stopping = True
+        signal.signal(signal.SIGINT, self.before)
+        console.say("stopping after this step or evaluation; press Ctrl-C again to stop at once")
+
+    def _save_and_leave(self, trainer: lightning.Trainer) -> None:
+        trainer.save_checkpoint(self.run / LAST)
+        raise Interrupted(str(self.run))
+
+
+class CheckpointFiles(TorchCheckpointIO):
+    """Lightning's checkpoints, written whole or not at all, with the one before kept; read without running code."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        path = Path(path)
+        buffer = io.BytesIO()
+        torch.save(checkpoint, buffer)
+        try:
+            with replacing(path) as temporary:
+                with temporary.open("wb") as file:
+                    file.write(buffer.getbuffer())
+                    file.flush()
+                    os.fsync(file.fileno())
+                if path.exists():
+                    os.replace(path, path.with_name(PREVIOUS))
+        except OSError as error:
+            raise OSError(f"{path} cannot be written ({error.strerror}); the checkpoint before it is kept") from error
+
+    def load_checkpoint(self, path: str | Path, map_location: Any = "cpu", weights_only: bool | None = None) -> Any:
+        return torch.load(path, map_location=map_location, weights_only=True)
+
+
+class EstimateBatchNorm(Callback):
+    """Averages the BatchNorm statistics over ``loader`` before each evaluation, as EfficientViT's recipe does."""
+
+    def __init__(self, loader: Iterable[tuple[Tensor, Tensor]], model: nn.Module, seed: int) -> None:
+        self.loader = loader
+        self.model = model
+        self.seed = seed
+
+    @torch.no_grad()
+    def on_validation_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        pl_module.train()
+        norms = [m for m in self.model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training]
+        momenta = [norm.momentum for norm in norms]
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None  # the average over all batches
+        with trainer.precision_plugin.forward_context():
+            for batch_idx, (images, _) in enumerate(self.loader):
+                seed_everywhere(self.seed, trainer.current_epoch, batch_idx)
+                self.model(images.to(pl_module.device).contiguous(memory_format=torch.channels_last))
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+        pl_module.eval()
+
+
+class EpochLog(Callback):
+    """Says a line an epoch, which stays when the progress bar goes, and writes all metrics to a CSV file.
+
+    Args:
+        path: of the CSV file, one row an epoch.
+        columns: names of metrics and what is printed of them, with a place for the number: "top-1 {:.2f} %".
+    """
+
+    def __init__(self, path: Path, columns: Mapping[str, str]) -> None:
+        self.path = path
+        self.columns = columns
+        self.rows: list[dict[str, float]] = []
+        self.seconds = 0.0
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        self.start = time.perf_counter()
+
+    def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        epoch, num_epochs = trainer.current_epoch + 1, trainer.max_epochs or 0
+        metrics = {name: float(value) for name, value in trainer.logged_metrics.items()}
+        metrics.pop("epoch", None)
+        self.rows.append({"epoch": epoch, "step": trainer.global_step, **metrics})
+        names = list(dict.fromkeys(name for row in self.rows for name in row))
+        text = io.StringIO()
+        writer = csv.DictWriter(text, names, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(self.rows)
+        write_text(self.path, text.getvalue())
+        values = "  ".join(text.format(metrics[name]) for name, text in self.columns.items())
+        seconds = self._lap()
+        left = seconds / epoch * (num_epochs - epoch)
+        console.say(f"epoch {epoch}/{num_epochs}  {values}  ({seconds:.0f} s, about {left:.0f} s to go)")
+
+    def _lap(self) -> float:
+        """Seconds of training so far, those before an interruption included."""
+        now = time.perf_counter()
+        self.seconds += now - self.start
+        self.start = now
+        return self.seconds
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"rows": self.rows, "seconds": self._lap()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.rows = state_dict["rows"]
+        self.seconds = state_dict["seconds"]
+
+
+class ProgressBar(TQDMProgressBar):
+    """Lightning's progress bar without the logger's version number."""
+
+    def get_metrics(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
+    ) -> dict[str, int | str | float | dict[str, float]]:
+        metrics = super().get_metrics(trainer, pl_module)
+        metrics.pop("v_num", None)
+        return metrics
