@@ -66,6 +66,8 @@ def recompute(module: nn.Module, x: Tensor) -> Tensor:
     BatchNorms, which then run twice, count the batch once.
     """
 
+    if torch.compiler.is_compiling():  # a compiled graph updates statistics once, however often it computes them
+        return checkpoint(module, x, use_reentrant=False)
     return checkpoint(module, x, use_reentrant=False, context_fn=lambda: (nullcontext(), _frozen_statistics(module)))
 
 

@@ -163,14 +163,14 @@ class QTViT(nn.Module):
         img_size: (H, W) for which the positional maps are laid out; other sizes work too, the maps are resized.
         in_chans: image channels.
         num_classes: outputs of the classifier; 0 leaves it out.
-        global_pool: pooling of the head, as in ``timm.layers.SelectAdaptivePool2d``; "" for none, see `ClassifierHead`.
+        global_pool: pooling of the head, "avg", "max" or "avgmax"; "" for none, see `ClassifierHead`.
         kernel: attention kernel, a name in ``qtvit.ops.KERNELS``.
         drop_rate: dropout before the classifier.
         drop_path_rate: stochastic depth of the last residual unit; unit i of n gets ``drop_path_rate * (i + 1) / n``.
         device, dtype: where and as what the parameters are made, as for any ``torch.nn`` module.
 
     Raises:
-        ValueError: an unknown kernel.
+        ValueError: an unknown kernel, or a pooling that changes the number of channels.
     """
 
     def __init__(
@@ -288,7 +288,7 @@ class QTViT(nn.Module):
             self.num_classes = 0
             drop_rate = self.head.drop.p
             self.head = PoolHead(self.num_features, 0, self.global_pool, drop_rate).train(self.training)
-        self.stages = self.stages[: max_index + 1]
+        del self.stages[max_index + 1 :]
         return take_indices
 
     def get_classifier(self) -> nn.Module:
@@ -299,7 +299,7 @@ class QTViT(nn.Module):
         self.head.reset(num_classes, global_pool)
         if isinstance(self.head, PoolHead):  # it had no parameters to take device and dtype from
             weight = next(self.parameters())
-            self.head.to(weight.device, weight.dtype)
+            self.head.to(weight.device, weight.dtype).train(self.training)
         self.num_classes = num_classes
         if global_pool is not None:
             self.global_pool = global_pool
