@@ -116,11 +116,11 @@ class _Keep(torch.autograd.Function):
 
 def _keep(x: Tensor) -> Callable[[], Tensor]:
     """A way to get ``x`` back in the backward pass."""
-    node: Any = _Keep.apply(x).grad_fn
-    if node is None:  # nothing before x is trained
+    keeper: Any = _Keep.apply(x)
+    if keeper.grad_fn is None:  # nothing before x is trained
         constant = x.detach()
         return lambda: constant
-    return lambda: node.saved_tensors[0]
+    return lambda: keeper.grad_fn.saved_tensors[0]
 
 
 def _forget(tensor: Tensor, again: Callable[[], Tensor]) -> saved_tensors_hooks:

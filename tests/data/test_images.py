@@ -70,7 +70,7 @@ def files() -> list[tuple[str, str, dict[str, object], float]]:
     exact += [("BMP", "1"), ("BMP", "L"), ("BMP", "RGB"), ("PPM", "L"), ("PPM", "I;16"), ("PPM", "RGB")]
     exact += [("JPEG2000", mode) for mode in ("L", "RGB", "RGBA", "I;16")] + [("GIF", "L"), ("GIF", "1")]
     lossy = [("JPEG", "L"), ("JPEG", "RGB"), ("JPEG", "CMYK"), ("WEBP", "RGB"), ("WEBP", "RGBA"), ("AVIF", "RGB")]
-    lossy += [("TIFF", "YCbCr"), ("TIFF", "LAB")]
+    lossy += [("TIFF", "LAB")]
     quantized = [("PNG", "P"), ("GIF", "P"), ("TIFF", "P"), ("BMP", "P")]
     table = [(name, mode, {}, 0.0) for name, mode in exact] + [(name, mode, {}, 5.0) for name, mode in quantized]
     return table + [(name, mode, {} if name == "TIFF" else {"quality": 95}, 1.5) for name, mode in lossy]
