@@ -54,7 +54,7 @@ class ConvBlock(nn.Sequential):
     def forward(self, x: Tensor) -> Tensor:
         layers: list[Any] = list(self)
         norms = [getattr(layer, "norm", None) for layer in layers]
-        if not is_lean(x, *filter(None, norms)):
+        if not is_lean(x, *(norm for norm in norms if norm is not None)):
             return super().forward(x)
         x = layers[0].conv(x)
         for layer, norm, following in zip(layers, norms, layers[1:], strict=False):

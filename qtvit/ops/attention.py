@@ -14,6 +14,9 @@ from qtvit.errors import unknown_name
 
 from .kernels import EPS, KERNELS, Kernel
 
+AUTOCAST_DEVICES = tuple(name for name in ("cpu", "cuda", "mps", "xpu") if torch.amp.is_autocast_available(name))
+"""Asked once, as compilers cannot trace the question."""
+
 
 def get_kernel(name: str) -> Kernel:
     """The kernel of that name; ValueError with the known names if there is none."""
@@ -56,7 +59,7 @@ def linear_attention_cf(
     """
     _check_shapes(q, k, v)
     spec = get_kernel(kernel)
-    autocast = torch.amp.is_autocast_available(q.device.type) and torch.is_autocast_enabled(q.device.type)
+    autocast = q.device.type in AUTOCAST_DEVICES and torch.is_autocast_enabled(q.device.type)
     upcast = _upcast if autocast else _upcast_saturating
     with torch.autocast(q.device.type, enabled=False) if autocast else contextlib.nullcontext():
         given = {name: upcast(value) for name, value in _resolve_scalars(spec, scalars, q).items()}
