@@ -398,6 +398,14 @@ def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     assert "pip install 'qtvit[train]'" in capsys.readouterr().err
 
 
+def test_a_reader_that_leaves_is_no_error(run: Path, photos: Path) -> None:
+    command = [sys.executable, "-m", "qtvit", "predict", str(run), str(photos), "--batch-size", "1"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 141
+
+
 def test_module_and_script_are_the_same_command() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "qtvit", "predict", "nowhere", "x.jpg"], capture_output=True, text=True
