@@ -35,8 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         with console.quiet(quiet):
             args.command(rest if args.command == train_classify else args)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        print(str(stop) or "interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:  # as after `| head`: nobody reads on
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -168,23 +168,18 @@ def train_classify(argv: list[str]) -> None:
 
     config = parse_config(argv)
 
-    from qtvit.training.callbacks import Interrupted
-    from qtvit.training.classify import train_classifier
+    from qtvit.training.classify import run_training
 
-    try:
-        _print_summary(train_classifier(config))
-    except Interrupted as stop:
-        print(f"stopped and saved; to go on:  {_command()} train classify --resume {stop}", file=sys.stderr)
-        raise KeyboardInterrupt from stop
+    _print_summary(run_training(config))
 
 
 def quickstart(args: argparse.Namespace) -> None:
     """``qtvit quickstart``."""
-    from qtvit.training.classify import train_classifier
+    from qtvit.training.classify import run_training
     from qtvit.training.config import parse_config
 
     output = ["--output", args.output] if args.output else []
-    summary = train_classifier(parse_config(["--recipe", "quickstart", "--device", args.device, *output]))
+    summary = run_training(parse_config(["--recipe", "quickstart", "--device", args.device, *output]))
     _print_summary(summary)
     command = _command()
     print(
@@ -231,7 +226,7 @@ def evaluate(args: argparse.Namespace) -> None:
     if absent:
         console.say(f"no images of {len(absent)} of the {len(predictor.classes)} classes: {_some(absent)}")
     for line in class_table(evaluation):
-        console.say(line)
+        console.result(line)
     about = {"run": args.run, "data": args.data, "images": which}
     write_report(evaluation, samples, folder, about)
     print(f"report: {folder}")
@@ -271,7 +266,7 @@ def predict(args: argparse.Namespace) -> None:
         pairs = list(zip(prediction.labels, prediction.probabilities, strict=True))
         others = "   ".join(f"{shorten(label, label_width)} {p:.1%}" for label, p in pairs[1:])
         label = f"{shorten(prediction.label, label_width):<{label_width}}  {prediction.probability:>6.1%}"
-        console.say(f"{name:<{width}}  {label}   {others}".rstrip())
+        console.result(f"{name:<{width}}  {label}   {others}".rstrip())
         rows.append({"image": name, "predictions": [{"label": label, "probability": p} for label, p in pairs]})
         if writer:
             writer.add(open_image(file), files[file], prediction)
@@ -319,7 +314,7 @@ def _predictions(
         readable = files[start : start + batch_size]
         try:
             predictions = list(predictor.iter_predict(readable, top_k, batch_size))
-        except ValueError:
+        except (ValueError, OSError):
             if not skip:
                 raise
             with console.quiet():
@@ -434,11 +429,11 @@ Done: {summary.run}
 
 
 def _make_parent(path: Path | None) -> None:
-    """The folder of an output file, made before the work that the file is to hold."""
+    """The folder of an output file, made and tried out before the work that the file is to hold."""
+    from qtvit.files import open_folder
+
     if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if not os.access(path.parent, os.W_OK):
-            raise PermissionError(f"{path.parent}: no permission to write into this folder")
+        open_folder(path.parent)
 
 
 def _write_json(path: Path, content: object) -> None:

@@ -33,8 +33,9 @@ def train_classifier(**options: Any) -> RunSummary:
 
     Raises:
         ValueError, FileNotFoundError: as the command's errors.
+        KeyboardInterrupt: the user pressed Ctrl-C; the message says how to go on.
     """
-    from .training.classify import train_classifier
+    from .training.classify import run_training
     from .training.config import train_config
 
-    return train_classifier(train_config(**options))
+    return run_training(train_config(**options))

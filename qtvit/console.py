@@ -31,6 +31,12 @@ def is_quiet() -> bool:
 def say(line: str) -> None:
     """Print a line, above the progress bar if there is one."""
     if not is_quiet():
+        result(line)
+
+
+def result(line: str) -> None:
+    """As `say`, but in any case: for what was asked for."""
+    if sys.stdout is not None:  # a daemon may have none
         tqdm.write(line)
         sys.stdout.flush()
 

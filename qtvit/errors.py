@@ -1,7 +1,13 @@
 """Messages for names that do not exist."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+
+
+def some(names: Sequence[str], limit: int = 5) -> str:
+    """The first few of ``names``, each shortened, and how many there are more."""
+    shown = ", ".join(name if len(name) <= 40 else f"{name[:39]}…" for name in names[:limit])
+    return f"{shown} and {len(names) - limit} more" if len(names) > limit else shown
 
 
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> ValueError:

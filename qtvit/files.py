@@ -38,7 +38,10 @@ def replacing(path: Path) -> Iterator[Path]:
     """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        temporary.touch()
+        try:
+            temporary.touch()
+        except OSError as error:
+            raise OSError(f"{path}: cannot be written ({error.strerror})") from error
         mode = temporary.stat().st_mode
         yield temporary
         temporary.chmod(mode)  # safetensors makes files that nobody else can read

@@ -12,7 +12,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
 
 from qtvit.device import resolve_device
-from qtvit.models import build_model
+from qtvit.models import build_model, check_img_size
 
 from .measure import environment, in_turns, paired_ratio
 
@@ -55,6 +55,7 @@ def bench_training(
     kept = {}
     for name in names:
         model = build_model(name).train().to(where).to(memory_format=torch.channels_last)
+        check_img_size(model, img_size)
         forward = partial(_loss, model, images, labels, autocast)
         kept[name] = bytes_kept(forward, model) / batch_size
         steps[name] = partial(_step, forward, model)

@@ -39,7 +39,7 @@ class LabelledImages:
     def digest(self) -> str:
         """A hash of which images are in which split and class, wherever the folder is."""
         lines = [
-            f"{part} {label} {source.name if isinstance(source, Path) else position}"
+            f"{part} {label} {f'{source.name} {_size(source)}' if isinstance(source, Path) else position}"
             for part, samples in (("train", self.train), ("val", self.val))
             for position, (source, label) in enumerate(samples)
         ]
@@ -173,10 +173,16 @@ def held_out_part(samples: Sequence[Sample], root: Path, split: dict[str, Any]) 
 
 def _fingerprints(samples: Sequence[Sample], root: Path, limit: int | None = 256) -> list[str]:
     """Short hashes of path and size of the images, or of ``limit`` of them."""
-    names = (
-        f"{path.relative_to(root).as_posix()}:{path.stat().st_size}" for path, _ in samples if isinstance(path, Path)
-    )
+    names = (f"{path.relative_to(root).as_posix()}:{_size(path)}" for path, _ in samples if isinstance(path, Path))
     return sorted(hashlib.sha256(name.encode()).hexdigest()[:12] for name in names)[:limit]
+
+
+def _size(path: Path) -> int:
+    """Bytes of a file; -1 if it is not there, as a link may lead nowhere."""
+    try:
+        return path.stat().st_size
+    except OSError:
+        return -1
 
 
 def _find_folder(root: Path, names: Sequence[str]) -> Path | None:

@@ -47,8 +47,8 @@ class ConvNormAct(nn.Sequential):
 class ConvBlock(nn.Sequential):
     """Several `ConvNormAct` in a row, which in training keep the outputs of the convolutions alone.
 
-    Their parts are then called across their borders (the activation of one with the convolution of the next), so
-    forward hooks on a whole `ConvNormAct` run in evaluation only.
+    Their parts are then called across their borders (the activation of one with the convolution of the next), and the
+    BatchNorms by their function, so forward hooks on a `ConvNormAct` or an inner BatchNorm run in evaluation only.
     """
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """The network and its variants; importing this registers them with timm."""
 
-from .build import ModelCost, build_model, model_cost
+from .build import ModelCost, build_model, check_img_size, model_cost
 from .qtvit import ARCHITECTURES, PUBLISHED_ACCURACY, Architecture, QTViT, Stage
 
 __all__ = [
@@ -11,5 +11,6 @@ __all__ = [
     "QTViT",
     "Stage",
     "build_model",
+    "check_img_size",
     "model_cost",
 ]

@@ -11,6 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from qtvit.errors import unknown_name
 
+from .qtvit import QTViT
+
 
 def build_model(name: str, **model_args: Any) -> nn.Module:
     """``timm.create_model`` with one-line errors: any of our models or timm's, arguments as for timm.
@@ -24,6 +26,24 @@ def build_model(name: str, **model_args: Any) -> nn.Module:
         return timm.create_model(name, **model_args)
     except (TypeError, AssertionError) as error:
         raise ValueError(f"model {name} cannot be built with {model_args}: {error}") from error
+
+
+@torch.no_grad()
+def check_img_size(model: nn.Module, img_size: tuple[int, int]) -> None:
+    """ValueError unless ``model`` takes images of ``img_size`` (H, W); tried out on one, but for our own models."""
+    size = "x".join(map(str, img_size))
+    if isinstance(model, QTViT):
+        smallest = model.feature_info[-1]["reduction"]
+        if min(img_size) < smallest:
+            raise ValueError(f"--img-size {size} is below the network's minimum of {smallest} px, its largest stride")
+        return
+    training = model.training
+    try:
+        model.eval()(torch.zeros(1, getattr(model, "in_chans", 3), *img_size).to(next(model.parameters())))
+    except (AssertionError, RuntimeError) as error:
+        raise ValueError(f"--img-size {size} does not fit {type(model).__name__}: {error}") from error
+    finally:
+        model.train(training)
 
 
 @dataclass(frozen=True)

@@ -28,8 +28,12 @@ LAST = "last.ckpt"
 PREVIOUS = "previous.ckpt"
 
 
-class Interrupted(BaseException):
-    """The user stopped the run, and its state is saved in the run folder that is the message."""
+class Interrupted(KeyboardInterrupt):
+    """The user stopped the run; the message says how to go on."""
+
+
+class _Stop(BaseException):
+    """On its way through Lightning, which would end the process at a KeyboardInterrupt."""
 
 
 class SaveBest(Callback):
@@ -54,37 +58,49 @@ class SaveBest(Callback):
         return {"best": self.best}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.best = state_dict["best"]
+        if self.path.is_file():
+            self.best = state_dict["best"]
+        else:
+            console.say(f"{self.path} is gone; the best from now on will take its place")
 
 
 class SaveState(Callback):
     """Writes ``last.ckpt``, from which the run can go on, after every epoch and when the user presses Ctrl-C.
 
-    The first Ctrl-C lets the step (or the evaluation) end, saves, and raises `Interrupted`; the second is Python's.
+    The first Ctrl-C lets the step (or the evaluation) end and saves; the second ends training at once.
 
     Args:
         run: the run folder.
         batches: of the training images; set to the right place when a run goes on.
-        description: what has to be the same then, see `Classifier`; kept in the checkpoint.
+        history: of the run.
+        description: what is needed to go on besides Lightning's state; `run.find_state` returns it.
     """
 
-    def __init__(self, run: Path, batches: EpochBatches, description: dict[str, Any]) -> None:
+    def __init__(self, run: Path, batches: EpochBatches, history: "History", description: dict[str, Any]) -> None:
         self.run = run
         self.batches = batches
+        self.history = history
         self.description = description
         self.stopping = False
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Within this context, Ctrl-C is for this callback (in the main thread, where Python delivers it)."""
+        """Within this context, Ctrl-C is for this callback (in the main thread, where Python delivers it).
+
+        Raises:
+            Interrupted: it was pressed.
+        """
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        self.before = signal.signal(signal.SIGINT, self._stop)
+        before = signal.signal(signal.SIGINT, self._stop)
         try:
             yield
+        except _Stop:
+            saved = f"to go on:  qtvit train classify --resume {self.run}"
+            raise Interrupted(f"stopped; {saved if (self.run / LAST).exists() else 'nothing is saved yet'}") from None
         finally:
-            signal.signal(signal.SIGINT, self.before)
+            signal.signal(signal.SIGINT, before)
 
     def on_train_epoch_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         if trainer.current_epoch != self.batches.epoch:
@@ -107,9 +123,12 @@ class SaveState(Callback):
     ) -> None:
         done = trainer.fit_loop.epoch_loop.batch_progress.current.ready
         mid_epoch = done < len(self.batches)
+        epoch = trainer.current_epoch
         checkpoint["qtvit"] = {
             **self.description,
-            "next": [trainer.current_epoch, done] if mid_epoch else [trainer.current_epoch + 1, 0],
+            "seconds": self.history.lap(),
+            "next": [epoch, done] if mid_epoch else [epoch + 1, 0],
+            "finished": not mid_epoch and (epoch + 1 == trainer.max_epochs or trainer.should_stop),
         }
 
     def on_load_checkpoint(
@@ -118,13 +137,14 @@ class SaveState(Callback):
         self.batches.go_to(*checkpoint["qtvit"]["next"])
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
+        if self.stopping:
+            raise _Stop
         self.stopping = True
-        signal.signal(signal.SIGINT, self.before)
         console.say("stopping after this step or evaluation; press Ctrl-C again to stop at once")
 
     def _save_and_leave(self, trainer: lightning.Trainer) -> None:
         trainer.save_checkpoint(self.run / LAST)
-        raise Interrupted(str(self.run))
+        raise _Stop
 
 
 class CheckpointFiles(TorchCheckpointIO):
@@ -174,17 +194,15 @@ class EstimateBatchNorm(Callback):
         pl_module.eval()
 
 
-class EpochLog(Callback):
-    """Says a line an epoch, which stays when the progress bar goes, and writes all metrics to a CSV file.
+class History(Callback):
+    """Keeps the metrics of every epoch, in a CSV file too, and the seconds of training.
 
     Args:
         path: of the CSV file, one row an epoch.
-        columns: names of metrics and what is printed of them, with a place for the number: "top-1 {:.2f} %".
     """
 
-    def __init__(self, path: Path, columns: Mapping[str, str]) -> None:
+    def __init__(self, path: Path) -> None:
         self.path = path
-        self.columns = columns
         self.rows: list[dict[str, float]] = []
         self.seconds = 0.0
 
@@ -192,22 +210,17 @@ class EpochLog(Callback):
         self.start = time.perf_counter()
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        epoch, num_epochs = trainer.current_epoch + 1, trainer.max_epochs or 0
         metrics = {name: float(value) for name, value in trainer.logged_metrics.items()}
         metrics.pop("epoch", None)
-        self.rows.append({"epoch": epoch, "step": trainer.global_step, **metrics})
+        self.rows.append({"epoch": trainer.current_epoch + 1, "step": trainer.global_step, **metrics})
         names = list(dict.fromkeys(name for row in self.rows for name in row))
         text = io.StringIO()
         writer = csv.DictWriter(text, names, lineterminator="\n")
         writer.writeheader()
         writer.writerows(self.rows)
         write_text(self.path, text.getvalue())
-        values = "  ".join(text.format(metrics[name]) for name, text in self.columns.items())
-        seconds = self._lap()
-        left = seconds / epoch * (num_epochs - epoch)
-        console.say(f"epoch {epoch}/{num_epochs}  {values}  ({seconds:.0f} s, about {left:.0f} s to go)")
 
-    def _lap(self) -> float:
+    def lap(self) -> float:
         """Seconds of training so far, those before an interruption included."""
         now = time.perf_counter()
         self.seconds += now - self.start
@@ -215,11 +228,31 @@ class EpochLog(Callback):
         return self.seconds
 
     def state_dict(self) -> dict[str, Any]:
-        return {"rows": self.rows, "seconds": self._lap()}
+        return {"rows": self.rows, "seconds": self.lap()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.rows = state_dict["rows"]
         self.seconds = state_dict["seconds"]
+
+
+class EpochLines(Callback):
+    """Says a line an epoch, which stays when the progress bar goes.
+
+    Args:
+        history: what to say it of.
+        columns: names of metrics and what is printed of them, with a place for the number: "top-1 {:.2f} %".
+    """
+
+    def __init__(self, history: History, columns: Mapping[str, str]) -> None:
+        self.history = history
+        self.columns = columns
+
+    def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        row, num_epochs, seconds = self.history.rows[-1], trainer.max_epochs or 0, self.history.lap()
+        epoch = round(row["epoch"])
+        values = "  ".join(text.format(row[name]) for name, text in self.columns.items())
+        left = seconds / epoch * (num_epochs - epoch)
+        console.say(f"epoch {epoch}/{num_epochs}  {values}  ({seconds:.0f} s, about {left:.0f} s to go)")
 
 
 class ProgressBar(TQDMProgressBar):

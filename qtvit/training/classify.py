@@ -24,21 +24,33 @@ from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
 from qtvit import console
-from qtvit.checkpoints import BEST, ModelInfo, load_model, own_args
+from qtvit.checkpoints import BEST, WEIGHT_SOURCES, ModelInfo, load_model, own_args
 from qtvit.data import DIGITS, ImageDataset, LabelledImages, Preprocess, drop_broken, load_labelled_images
 from qtvit.data.sampling import EpochBatches, SeededDataset, fixed_keys, seed_everywhere
 from qtvit.deploy import Predictor
 from qtvit.device import resolve_device
+from qtvit.errors import some
 from qtvit.files import write_text
-from qtvit.models import ARCHITECTURES, QTViT, build_model, model_cost
+from qtvit.models import ARCHITECTURES, QTViT, build_model, check_img_size, model_cost
 
-from .callbacks import EpochLog, EstimateBatchNorm, SaveBest, SaveState
-from .config import AugmentConfig, TrainConfig, save_config
+from .callbacks import EpochLines, EstimateBatchNorm, History, SaveBest, SaveState
+from .config import DEFAULT_MODEL, AugmentConfig, TrainConfig, save_config
 from .evaluate import evaluate
 from .plots import plot_curves
 from .report import write_report
-from .run import build_trainer, create_run_folder, default_workers, find_state, lock_run, set_threads
+from .run import (
+    build_trainer,
+    clean_up,
+    create_run_folder,
+    default_workers,
+    find_state,
+    ignore_interrupts,
+    lock_run,
+    set_threads,
+)
 
+SUMMARY = "summary.json"
+"""Written last: a run that has it is complete."""
 EPOCH_COLUMNS = {"train/loss": "loss {:.4f}", "val/loss": "held-out loss {:.4f}", "val/top1": "top-1 {:.2f} %"}
 
 
@@ -211,18 +223,19 @@ def class_weights(labels: Sequence[int], num_classes: int, how: str | None) -> T
     return len(labels) / (num_classes * counts.clamp_min(1)).float()
 
 
-def train_classifier(config: TrainConfig) -> RunSummary:
+def run_training(config: TrainConfig) -> RunSummary:
     """Train as ``config`` says, and leave in the run folder the model file, logs, curves, scores and pictures.
 
     Raises:
         FileNotFoundError, ValueError: data, model, device, checkpoint or run that are not there or do not fit.
-        Interrupted: the user pressed Ctrl-C; the run can be resumed.
+        Interrupted: the user pressed Ctrl-C; a KeyboardInterrupt that says how to go on.
     """
     device = resolve_device(config.device)
     if config.precision == "16-mixed" and device.type == "cpu":
         raise ValueError("--precision 16-mixed needs a GPU; on the CPU use bf16-mixed or 32-true")
     state, past = find_state(Path(config.resume)) if config.resume else (None, {})
-    if past.get("next", [0])[0] >= config.epochs:
+    finished = past.get("finished", False)
+    if finished and (Path(config.resume or "") / SUMMARY).is_file():
         raise ValueError(f"{config.resume} is finished; --checkpoint {config.resume} starts a new run from its weights")
     data = _read_data(config, past)
     if config.num_workers is None:
@@ -230,6 +243,8 @@ def train_classifier(config: TrainConfig) -> RunSummary:
     set_threads(config.num_threads, config.num_workers or 0)
     lightning.seed_everything(config.seed, workers=True, verbose=False)
     model, info = _build_again(past) if past else _build(config, data)
+    config = replace(config, model=info.model)
+    check_img_size(model, Preprocess(**info.preprocess).size)
     weights = class_weights([label for _, label in data.train], len(data.classes), config.optim.class_weights)
     task = Classifier(model.to(memory_format=torch.channels_last), len(data.classes), config, weights)
     batches = EpochBatches(len(data.train), config.batch_size, config.seed)
@@ -244,20 +259,23 @@ def train_classifier(config: TrainConfig) -> RunSummary:
             f"{len(data.val)} held-out images of {'x'.join(map(str, info.preprocess['size']))} px, on {device}.\n"
             f"Run folder: {run}"
         )
-        log = EpochLog(run / "metrics.csv", EPOCH_COLUMNS)
+        history = History(run / "metrics.csv")
         callbacks: list[Callback] = [SaveBest(run / BEST, model, info, monitor="val/top1")]
         if bn_loader is not None:
             callbacks.append(EstimateBatchNorm(bn_loader, model, config.seed))
         if config.early_stopping:
-            callbacks.append(EarlyStopping("val/top1", mode="max", patience=config.early_stopping))
-        save_state = SaveState(run, batches, {"data": data.digest(), "info": asdict(info)})
-        callbacks += [log, save_state]
-        with warnings.catch_warnings(), save_state.listening():
-            trainer = build_trainer(config, device, run, callbacks)
-            trainer.fit(task, train_loader, val_loader, ckpt_path=state)
-        if trainer.current_epoch < config.epochs:
-            console.say(f"stopped early: no better top-1 in {config.early_stopping} epochs")
-        return _report(config, data, run, log.seconds)
+            callbacks.append(
+                EarlyStopping("val/top1", mode="max", patience=config.early_stopping, check_on_train_epoch_end=False)
+            )
+        save_state = SaveState(run, batches, history, {"data": data.digest(), "info": asdict(info)})
+        callbacks += [history, save_state, EpochLines(history, EPOCH_COLUMNS)]
+        if not finished:  # else only its report is missing
+            with warnings.catch_warnings(), save_state.listening(), clean_up(run):
+                trainer = build_trainer(config, device, run, callbacks)
+                trainer.fit(task, train_loader, val_loader, ckpt_path=state)
+            if trainer.current_epoch < config.epochs:
+                console.say(f"stopped early: no better top-1 in {config.early_stopping} epochs")
+        return _report(config, data, run, past["seconds"] if finished else history.seconds)
 
 
 def _read_data(config: TrainConfig, past: dict[str, Any]) -> LabelledImages:
@@ -281,34 +299,35 @@ def _build_again(past: dict[str, Any]) -> tuple[Any, ModelInfo]:
 def _build(config: TrainConfig, data: LabelledImages) -> tuple[Any, ModelInfo]:
     """The model to train, from random weights or from ``config.checkpoint``, and its description."""
     classes = list(data.classes)
+    name = config.model or DEFAULT_MODEL
+    if config.freeze and not (config.checkpoint or config.model_args.keys() & set(WEIGHT_SOURCES)):
+        console.say(f"--freeze {config.freeze} without --checkpoint keeps random weights as they are")
     model: Any  # timm's models have methods that torch's do not know of
     if config.checkpoint is not None:
         model, source = load_model(config.checkpoint, **config.model_args)
-        if source.model != config.model:
+        if config.model not in (None, source.model):
             raise ValueError(f"--checkpoint {config.checkpoint} holds {source.model}, not {config.model}")
+        name = source.model
         if source.classes != classes:
             console.say(
-                f"{config.checkpoint} tells {', '.join(source.classes[:5])}, … apart: its classifier starts anew"
+                f"{config.checkpoint} tells {len(source.classes)} other classes apart ({some(source.classes)}): "
+                f"its classifier starts anew for {some(classes)}"
             )
             model.reset_classifier(len(classes))
         model_args = {**source.model_args, "num_classes": len(classes)}
         preprocess = Preprocess(**source.preprocess)
     else:
         model_args = {**config.model_args, "num_classes": len(classes)}
-        if config.image_shape() and _takes_img_size(config.model):
+        if config.image_shape() and _takes_img_size(name):
             model_args.setdefault("img_size", config.image_shape())
-        model = build_model(config.model, **model_args)
+        model = build_model(name, **model_args)
         cfg = resolve_model_data_config(model)
         names = ("crop_pct", "interpolation", "mean", "std")
         preprocess = Preprocess(size=cfg["input_size"][1:], **{name: cfg[name] for name in names})
     preprocess = replace(
         preprocess, size=config.image_shape() or preprocess.size, crop_pct=config.crop_pct or preprocess.crop_pct
     )
-    smallest = model.feature_info[-1]["reduction"] if isinstance(model, QTViT) else 1
-    if min(preprocess.size) < smallest:
-        size = "x".join(map(str, preprocess.size))
-        raise ValueError(f"--img-size {size} is below {config.model}'s minimum of {smallest} px, its largest stride")
-    return model.train(), ModelInfo(config.model, own_args(model_args), classes, asdict(preprocess), split=data.split)
+    return model.train(), ModelInfo(name, own_args(model_args), classes, asdict(preprocess), split=data.split)
 
 
 def _takes_img_size(model: str) -> bool:
@@ -340,13 +359,13 @@ def _loaders(
         value = config.augment.auto_augment
         raise ValueError(f"--augment.auto-augment {value!r} is not one of timm's: {error}") from error
     num_workers = config.num_workers or 0
-    common: dict[str, Any] = {"num_workers": num_workers, "persistent_workers": num_workers > 0}
+    common: dict[str, Any] = {"num_workers": num_workers, "worker_init_fn": ignore_interrupts}
     train_set = SeededDataset(ImageDataset(data.train, train_transform), config.seed)
     num_bn_images = min(max(config.bn_images, config.batch_size), len(data.train))
     bn_keys = fixed_keys(random.Random(config.seed).sample(range(len(data.train)), num_bn_images))
     bn_loader = DataLoader(train_set, config.batch_size, sampler=bn_keys, drop_last=True, **common)
     return (
-        DataLoader(train_set, batch_sampler=batches, **common),
+        DataLoader(train_set, batch_sampler=batches, persistent_workers=num_workers > 0, **common),
         DataLoader(ImageDataset(data.val, preprocess.transform()), config.batch_size, **common),
         bn_loader if config.bn_images else None,
     )
@@ -385,5 +404,5 @@ def _report(config: TrainConfig, data: LabelledImages, run: Path, train_seconds:
         images_per_second=round(evaluation.images_per_second, 1),
         train_seconds=round(train_seconds, 1),
     )
-    write_text(run / "summary.json", json.dumps(asdict(summary), indent=2) + "\n")
+    write_text(run / SUMMARY, json.dumps(asdict(summary), indent=2) + "\n")
     return summary

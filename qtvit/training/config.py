@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import re
-from argparse import ArgumentParser as ArgumentParserBase
 from argparse import HelpFormatter
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from importlib import resources
@@ -97,7 +96,8 @@ class TrainConfig:
     Args:
         data: folder with train/CLASS and val/CLASS (or CLASS alone, then a part is held out), or digits for the
             built-in data.
-        model: qtvit_nano, qtvit_0 … qtvit_6 (see qtvit models), or any of timm's models.
+        model: qtvit_nano, qtvit_0 … qtvit_6 (see qtvit models), or any of timm's models; default: the checkpoint's,
+            else qtvit_1.
         img_size: side of the training and evaluation images, or HEIGHTxWIDTH such as 160x256; default: the
             checkpoint's or the model's own.
         epochs: passes over the training images.
@@ -126,7 +126,7 @@ class TrainConfig:
     """
 
     data: str
-    model: str = "qtvit_1"
+    model: str | None = None
     img_size: int | str | None = None
     epochs: int = 100
     batch_size: int = 64
@@ -177,6 +177,7 @@ class TrainConfig:
         return None if self.img_size is None else parse_size(self.img_size)
 
 
+DEFAULT_MODEL = "qtvit_1"
 RESUMABLE = ("resume", "data", "device", "num_workers", "num_threads")
 """Options that may be given when a run goes on."""
 
@@ -205,6 +206,7 @@ def parse_config(argv: list[str]) -> TrainConfig:
         values = parser.instantiate(parser.parse_args(_recipe_first(argv)))
     except ArgumentError as error:
         message = re.sub(r'Parser key "(\S+)":', lambda key: f"{_as_option(key[1])}:", " ".join(str(error).split()))
+        message = re.sub(r"required: (\w)", r"required: --\1", message)
         raise ValueError(re.sub(r"<class '(\w+)'>|typing\.(Literal)", r"\1\2", message)) from error
     return TrainConfig(**{f.name: values[f.name] for f in fields(TrainConfig)})
 
@@ -228,9 +230,16 @@ def train_config(**options: Any) -> TrainConfig:
     for name, value in options.items():
         group = value if isinstance(value, dict) and name != "model_args" else {"": value}
         for key, item in group.items():
-            text = str(item) if isinstance(item, (str, Path)) else json.dumps(item)
+            if name == "img_size" and isinstance(item, (list, tuple)):
+                item = "x".join(map(str, item))
+            text = str(item) if isinstance(item, (str, Path)) else json.dumps(item, default=_plain)
             argv.append(f"--{name}{'.' if key else ''}{key}={text}")
     return parse_config(argv)
+
+
+def _plain(value: Any) -> Any:
+    """A number of numpy or torch as Python's; anything else as text."""
+    return value.item() if hasattr(value, "item") else str(value)
 
 
 def _resumed(argv: list[str], given: list[str]) -> list[str]:
@@ -241,9 +250,7 @@ def _resumed(argv: list[str], given: list[str]) -> list[str]:
             f"{_as_option(changed[0])} cannot change when a run goes on ({', '.join(map(_as_option, RESUMABLE[1:]))} "
             "can); --checkpoint RUN starts a new run from its weights"
         )
-    finder = ArgumentParserBase(add_help=False, allow_abbrev=False)
-    finder.add_argument("--resume", default="")
-    run = Path(finder.parse_known_args(argv)[0].resume)
+    run = Path(_take(argv, "--resume")[0] or "")
     if not (run / "config.yaml").is_file():
         raise FileNotFoundError(f"{run}: no config.yaml in this folder, so it is no run folder")
     return ["--recipe", str(run / "config.yaml"), *argv]
@@ -251,10 +258,23 @@ def _resumed(argv: list[str], given: list[str]) -> list[str]:
 
 def _recipe_first(argv: list[str]) -> list[str]:
     """``argv`` with its checked recipe as a path, in front, where jsonargparse lets everything else override it."""
-    finder = ArgumentParserBase(add_help=False, allow_abbrev=False)
-    finder.add_argument("--recipe")
-    found, rest = finder.parse_known_args(argv)
-    return rest if found.recipe is None else ["--recipe", str(_checked_recipe(found.recipe)), *rest]
+    name, rest = _take(argv, "--recipe")
+    return rest if name is None else ["--recipe", str(_checked_recipe(name)), *rest]
+
+
+def _take(argv: list[str], option: str) -> tuple[str | None, list[str]]:
+    """The last value of ``option`` in ``argv``, if it is there, and the rest."""
+    value, rest = None, []
+    remaining = iter(argv)
+    for arg in remaining:
+        name, equals, text = arg.partition("=")
+        if name != option:
+            rest.append(arg)
+            continue
+        value = text if equals else next(remaining, "--")
+        if value.startswith("--"):
+            raise ValueError(f"{option} needs a value")
+    return value, rest
 
 
 def _recipe_path(name: str) -> Path:

@@ -4,6 +4,8 @@ import itertools
 import logging
 import os
 import re
+import shutil
+import signal
 import sys
 import warnings
 from collections.abc import Iterator
@@ -18,6 +20,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from qtvit import console
+from qtvit.checkpoints import BEST
 from qtvit.files import open_folder
 
 from .callbacks import LAST, PREVIOUS, CheckpointFiles, ProgressBar
@@ -78,6 +81,22 @@ def lock_run(run: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+@contextmanager
+def clean_up(run: Path) -> Iterator[None]:
+    """After an error before anything worth keeping is saved, the run folder is removed: nothing can go on from it."""
+    try:
+        yield
+    except Exception:
+        if not any((run / name).exists() for name in (LAST, BEST)):
+            shutil.rmtree(run, ignore_errors=True)
+        raise
+
+
+def ignore_interrupts(worker: int) -> None:
+    """For loader processes: Ctrl-C reaches them too, but is for the run to handle."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def find_state(run: Path) -> tuple[Path, dict[str, Any]]:

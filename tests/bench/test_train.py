@@ -51,6 +51,7 @@ def test_ours_next_to_the_peer(tmp_path: Path, capsys: pytest.CaptureFixture[str
         ("qtvit_9", "unknown model 'qtvit_9'; did you mean qtvit_6"),
         ("--peer zzz", "unknown model 'zzz'; known: "),
         ("--img-size 0", "--img-size must be a side"),
+        ("qtvit_0 --img-size 16", "below the network's minimum of 32 px"),
         ("--rounds 1", "needs two rounds"),
         ("--device cuda:9", "no such device"),
     ],

@@ -231,7 +231,8 @@ def mistakes() -> list[tuple[str, str]]:
         (f"{train} --data {{broken}}", ".png: broken image (image file is truncated"),
         (f"{train} --data {{photos}}/red/1.png", "a file, where a folder of images is expected"),
         (f"{train} --data {{photos}} --epochs 0", "--epochs must be 1 or more, got 0"),
-        (f"{train} --data {{photos}} --img-size 3", "--img-size 3x3 is below qtvit_nano's minimum of 4 px"),
+        (f"{train} --data {{photos}} --img-size 3", "--img-size 3x3 is below the network's minimum of 4 px"),
+        (f"{train} --data {{photos}} --model test_vit --img-size 33", "--img-size 33x33 does not fit"),
         (f"{train} --data {{photos}} --freeze stages=7", "--freeze stages=7: QTViT has 3 stages"),
         (f"{train} --data {{photos}} --output {{photos}}/red/1.png/run", "cannot write to this folder"),
         (f"{train} --data {{photos}} --epohs 3", "unknown option '--epohs'; did you mean --epochs"),
@@ -243,7 +244,7 @@ def mistakes() -> list[tuple[str, str]]:
         (f"{train} --data {{photos}} --output {{run}}", "exists already"),
         (f"{train} --data {{photos}} --checkpoint nowhere", "nowhere: no such run folder or model file"),
         (f"{train} --data {{photos}} --checkpoint {{run}} --model qtvit_0", "holds qtvit_nano, not qtvit_0"),
-        ("train classify", "required: data"),
+        ("train classify", "required: --data"),
         ("eval {run} --data nowhere", "nowhere: no such folder"),
         ("eval {run} --data digits", "the digits are not what qtvit_nano was trained on"),
         ("eval {run} --data {foreign}", "does not have: cow"),
@@ -293,7 +294,7 @@ def test_mistakes_get_one_line_and_exit_code_2(
     assert message in captured.err
     assert captured.err.startswith("qtvit: error: ")
     assert captured.err.count("\n") == 1
-    assert not (tmp_path / "out" / "best.safetensors").exists()
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("num_workers", ["0", "1"])

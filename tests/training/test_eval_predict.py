@@ -77,13 +77,28 @@ def test_quiet_leaves_the_results_alone(
     run: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["eval", str(run), "--data", str(photos), "--quiet"]) == 0
-    headline, report = capsys.readouterr().out.splitlines()
+    headline, *table, report = capsys.readouterr().out.splitlines()
     assert headline.startswith("top-1")
+    assert len(table) == 5  # a head, three classes, their mean
     assert report.startswith("report: ")
     assert main(["predict", str(run), str(photos), "--quiet", "--csv", "p.csv"]) == 0
     captured = capsys.readouterr()
-    assert captured.out == "written: p.csv\n"
+    assert len(captured.out.splitlines()) == 31
+    assert captured.out.endswith("written: p.csv\n")
     assert captured.err == ""
+
+
+def test_links_that_lead_nowhere_are_skipped_too(
+    run: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(photos, tmp_path / "linked")
+    (tmp_path / "linked" / "red" / "x.png").symlink_to("nowhere.png")
+    options = ["--on-bad-image", "skip"]
+    assert main(["predict", str(run), str(tmp_path / "linked"), *options]) == 0
+    assert "skipped 1 of 31 images" in capsys.readouterr().out
+    argv = f"train classify --model qtvit_nano --data {tmp_path / 'linked'} --img-size 8 --epochs 1 --batch-size 8"
+    assert main([*argv.split(), "--num-workers", "0", "--output", str(tmp_path / "new"), *options]) == 0
+    assert "skipping 1 of " in capsys.readouterr().out
 
 
 def test_bars_need_a_terminal(

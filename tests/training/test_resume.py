@@ -1,5 +1,7 @@
 """A run that was interrupted goes on as if it had not been."""
 
+import json
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +13,7 @@ from filelock import FileLock
 import qtvit
 from qtvit.training.callbacks import LAST, PREVIOUS, EstimateBatchNorm
 from qtvit.training.classify import Classifier
+from qtvit.training.run import ignore_interrupts
 from qtvit_cli import main
 
 TRAIN = (
@@ -96,8 +99,8 @@ def test_a_second_ctrl_c_stops_at_once(
 ) -> None:
     interrupt("training", 2)
     interrupt("training", 2)  # within the first one
-    with pytest.raises(SystemExit):  # Lightning's way out
-        train(photos, tmp_path / "run")
+    assert train(photos, tmp_path / "run") == 130
+    assert "stopped; nothing is saved yet" in capsys.readouterr().err
     assert not (tmp_path / "run" / LAST).exists()
 
 
@@ -136,6 +139,44 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(
     assert "last.ckpt and previous.ckpt cannot be read" in capsys.readouterr().err
 
 
+def test_a_run_without_its_report_gets_it(photos: Path, tmp_path: Path, uninterrupted: Path) -> None:
+    shutil.copytree(uninterrupted, tmp_path / "run")
+    for name in ("summary.json", "scores.json", "curves.png"):
+        (tmp_path / "run" / name).unlink()
+    assert main(["train", "classify", "--resume", str(tmp_path / "run")]) == 0
+    before, after = (json.loads((folder / "summary.json").read_text()) for folder in (uninterrupted, tmp_path / "run"))
+    assert after["top1"] == before["top1"]
+    assert after["train_seconds"] == pytest.approx(before["train_seconds"], abs=0.5)
+    assert (tmp_path / "run" / "curves.png").is_file()
+    same_end(tmp_path / "run", uninterrupted)
+
+
+def test_a_run_that_stopped_early_is_finished(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = TRAIN.format(data=photos, output=tmp_path / "run", workers=0).split()
+    assert main([*argv, "--epochs", "9", "--early-stopping", "1", "--lr", "1e-9"]) == 0
+    assert main(["train", "classify", "--resume", str(tmp_path / "run")]) == 2
+    assert "is finished" in capsys.readouterr().err
+
+
+def test_a_missing_best_model_is_replaced(
+    photos: Path, tmp_path: Path, interrupt: Callable[[str, int], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    interrupt("training", 5)
+    assert train(photos, tmp_path / "run") == 130
+    (tmp_path / "run" / "best.safetensors").unlink()
+    assert main(["train", "classify", "--resume", str(tmp_path / "run")]) == 0
+    assert "best.safetensors is gone" in capsys.readouterr().out
+
+
+def test_loader_processes_leave_ctrl_c_to_the_run() -> None:
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        ignore_interrupts(0)
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def test_mistakes(uninterrupted: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "no state").mkdir()
     (tmp_path / "no state" / "config.yaml").write_bytes((uninterrupted / "config.yaml").read_bytes())
@@ -144,6 +185,7 @@ def test_mistakes(uninterrupted: Path, photos: Path, tmp_path: Path, capsys: pyt
         (["--resume", str(tmp_path)], "no config.yaml in this folder"),
         (["--resume", str(tmp_path / "no state")], "no last.ckpt in this folder"),
         (["--resume", str(uninterrupted), "--epochs", "9"], "--epochs cannot change when a run goes on"),
+        (["--resume"], "--resume needs a value"),
         ([f"--resume={uninterrupted}", "--optim.weight-decay=0"], "--optim.weight-decay cannot change"),
     ]:
         assert main(["train", "classify", *argv]) == 2

@@ -3,6 +3,7 @@
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -39,6 +40,17 @@ def test_keyword_arguments_are_the_options() -> None:
     assert (config.optim.layer_decay, config.optim.betas, config.optim.weight_decay) == (0.8, (0.8, 0.9), 0.05)
     with pytest.raises(ValueError, match="unknown option '--epohs'; did you mean --epochs"):
         train_config(data="photos", epohs=3)
+
+
+def test_values_of_numpy_and_tuples_are_taken() -> None:
+    config = train_config(data="d", img_size=(32, 48), lr=np.float32(0.5), epochs=np.int64(3))
+    assert (config.image_shape(), config.lr, config.epochs) == ((32, 48), 0.5, 3)
+
+
+def test_the_model_is_the_checkpoints(photos: Path, run: Path, tmp_path: Path) -> None:
+    options = {name: value for name, value in FAST.items() if name not in ("model", "img_size")}
+    summary = qtvit.train_classifier(data=photos, checkpoint=run, output=tmp_path / "run", **options)
+    assert load_model(summary.run)[1].model == "qtvit_nano"
 
 
 def test_the_python_entry_point_trains(photos: Path, tmp_path: Path) -> None:
@@ -157,7 +169,7 @@ def test_early_stopping(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixt
 def test_an_img_size_below_the_minimum(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
     argv = f"train classify --model qtvit_0 --data {photos} --batch-size 8 --img-size"
     assert main([*argv.split(), "16"]) == 2
-    assert "--img-size 16x16 is below qtvit_0's minimum of 32 px, its largest stride" in capsys.readouterr().err
+    assert "--img-size 16x16 is below the network's minimum of 32 px, its largest stride" in capsys.readouterr().err
     assert main([*argv.split(), "2", "--model", "qtvit_nano"]) == 2
     assert "minimum of 4 px" in capsys.readouterr().err
 
