@@ -1,5 +1,6 @@
 """Reading images and labels, and turning them into the network's input."""
 
+from .augment import TrainTransform
 from .broken import drop_broken, find_broken
 from .classification import DIGITS, ImageDataset, LabelledImages, load_labelled_images, read_split
 from .images import ImageSource, find_images, open_image
@@ -13,6 +14,7 @@ __all__ = [
     "ImageSource",
     "LabelledImages",
     "Preprocess",
+    "TrainTransform",
     "class_names",
     "drop_broken",
     "find_broken",
