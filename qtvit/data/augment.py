@@ -82,14 +82,16 @@ class TrainTransform:
         if color_jitter > 0 and (auto_augment is None or "3a" in auto_augment):
             steps.append(transforms.ColorJitter(color_jitter, color_jitter, color_jitter))
         self.augment = transforms.Compose(steps)
-        self.mean = torch.tensor(mean).view(-1, 1, 1)
-        self.std = torch.tensor(std).view(-1, 1, 1)
+        self.mean = np.array(mean, dtype=np.float32)[:, None, None]
+        self.std = np.array(std, dtype=np.float32)[:, None, None]
         self.erase = RandomErasing(random_erasing, device="cpu") if random_erasing > 0 else None
 
     def __call__(self, image: Image.Image) -> Tensor:
-        pixels = torch.from_numpy(np.array(self.augment(image))).permute(2, 0, 1)
-        normalized = pixels.to(torch.float32, memory_format=torch.contiguous_format)
-        normalized.div_(255).sub_(self.mean).div_(self.std)
+        pixels = np.asarray(self.augment(image)).transpose(2, 0, 1).astype(np.float32, order="C")
+        pixels /= 255
+        pixels -= self.mean
+        pixels /= self.std
+        normalized = torch.from_numpy(pixels)
         return normalized if self.erase is None else self.erase(normalized)
 
 

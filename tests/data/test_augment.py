@@ -196,7 +196,20 @@ def test_the_global_generators_determine_the_result() -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", "rand-x5", "rand-foo", "rand-tweight", "rand-m", "rand-m1.5", "rnd-m3", "augmix-q1", "v1", "v0-m3", "rand-"],
+    [
+        "",
+        "rand-x5",
+        "rand-foo",
+        "rand-tweight",
+        "rand-weights",
+        "rand-m",
+        "rand-m1.5",
+        "rnd-m3",
+        "augmix-q1",
+        "v1",
+        "v0-m3",
+        "rand-",
+    ],
 )
 def test_strings_that_are_not_timms(text: str) -> None:
     with pytest.raises(ValueError, match=r"^--augment\.auto-augment '.*' is not one of timm's") as error:
