@@ -34,8 +34,7 @@ def mix(images: Tensor, targets: Tensor, *, mixup: float, cutmix: float, alpha: 
     choice = torch.rand(()).item()
     if choice >= mixup + cutmix:
         return images, targets
-    concentration = torch.tensor(alpha, dtype=torch.float64)  # in fp32 a small one underflows to 0 / 0
-    lam = Beta(concentration, concentration).sample().item()
+    lam = Beta(alpha, alpha).sample().item()
     if choice < mixup:
         return blend(images, targets, lam)
     batch, _, height, width = images.shape

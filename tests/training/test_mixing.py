@@ -91,6 +91,18 @@ def test_lambda_follows_the_beta_distribution(alpha: float, monkeypatch: pytest.
     assert lam.var().item() == pytest.approx(variance, rel=0.06)
 
 
+def test_each_image_draws_a_centre_of_its_own_anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[Tensor] = []
+    monkeypatch.setattr(mixing, "paste", lambda images, targets, lam, y, x: drawn.append(torch.stack([y, x])))
+    for _ in range(500):
+        mix(*batch(16, 3, 5), mixup=0.0, cutmix=1.0, alpha=1.0)
+    y, x = torch.stack(drawn, 1).flatten(1)
+    counts = torch.bincount(5 * y + x, minlength=15)
+    assert len(counts) == 15
+    assert counts.tolist() == pytest.approx([8000 / 15] * 15, rel=0.2)
+    assert all(len(set(row.tolist())) > 1 for y_and_x in drawn[:20] for row in y_and_x)
+
+
 @pytest.mark.parametrize("alpha", [0.001, 0.1])
 @pytest.mark.parametrize("kind", ["mixup", "cutmix"])
 def test_a_small_alpha_gives_numbers(alpha: float, kind: str) -> None:
