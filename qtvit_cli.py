@@ -156,6 +156,16 @@ def _parser() -> argparse.ArgumentParser:
     steps.add_argument("--json", type=_new_file, metavar="FILE", help="also write all samples to FILE")
     steps.set_defaults(command=bench_train)
 
+    data = commands.add_parser("data", help="prepare image folders: pack them into shards, check them")
+    what = data.add_subparsers(metavar="WHAT", required=True)
+    pack = what.add_parser(
+        "pack", help="copy a folder of images into few large tar files, which other commands take as --data too"
+    )
+    pack.add_argument("folder", help="folder with train/CLASS/*.jpg and val/CLASS/*.jpg, or CLASS/*.jpg alone")
+    pack.add_argument("out", type=Path, help="folder to create")
+    pack.add_argument("--shard-size", type=_positive, default=256, metavar="MB", help="of each tar file (default: 256)")
+    pack.set_defaults(command=pack_data)
+
     models = commands.add_parser("models", help="list the models with size, cost and published accuracy")
     models.add_argument("--json", action="store_true", help="print JSON instead of a table")
     models.set_defaults(command=list_models)
@@ -372,6 +382,20 @@ def bench_train(args: argparse.Namespace) -> None:
         )
     if args.json:
         _write_json(args.json, result)
+
+
+def pack_data(args: argparse.Namespace) -> None:
+    """``qtvit data pack``."""
+    from qtvit.data import pack_folder
+
+    index = pack_folder(args.folder, args.out, args.shard_size * 1_000_000)
+    shards = [shard for split in index.splits.values() for shard in split.shards]
+    num_bytes = sum(shard.num_bytes for shard in shards)
+    images = " and ".join(f"{len(split.path):,} {name}" for name, split in index.splits.items())
+    print(
+        f"packed {images} images of {len(index.classes)} classes into {len(shards)} "
+        f"shard{'s' * (len(shards) != 1)}, {num_bytes / 1e6:,.1f} MB: {args.out}"
+    )
 
 
 def list_models(args: argparse.Namespace) -> None:

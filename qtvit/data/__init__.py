@@ -5,6 +5,8 @@ from .broken import drop_broken, find_broken
 from .classification import DIGITS, ImageDataset, LabelledImages, load_labelled_images, read_split
 from .images import ImageSource, find_images, open_image
 from .names import class_names
+from .pack import pack_folder
+from .shards import PackedImage
 from .transforms import EvalTransform, Preprocess
 
 __all__ = [
@@ -13,6 +15,7 @@ __all__ = [
     "ImageDataset",
     "ImageSource",
     "LabelledImages",
+    "PackedImage",
     "Preprocess",
     "TrainTransform",
     "class_names",
@@ -21,5 +24,6 @@ __all__ = [
     "find_images",
     "load_labelled_images",
     "open_image",
+    "pack_folder",
     "read_split",
 ]

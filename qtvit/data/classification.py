@@ -11,9 +11,21 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from .images import IMAGE_SUFFIXES, ImageSource, any_size, find_images, is_hidden, open_image
+from .images import (
+    IMAGE_SUFFIXES,
+    ImageFile,
+    ImageSource,
+    any_size,
+    file_size,
+    find_images,
+    is_hidden,
+    open_image,
+    relative_path,
+)
+from .shards import is_packed, read_index
 
 Sample = tuple[ImageSource, int]
+LabelledFile = tuple[Path, int]
 TRAIN_FOLDERS = ("train", "training")
 VAL_FOLDERS = ("val", "valid", "validation", "test")
 DIGITS = "digits"
@@ -37,9 +49,9 @@ class LabelledImages:
     split: dict[str, Any] = field(default_factory=dict)
 
     def digest(self) -> str:
-        """A hash of which images are in which split and class, wherever the folder is."""
+        """A hash of which images are in which split and class, wherever the folder is and whether it is packed."""
         lines = [
-            f"{part} {label} {f'{source.name} {_size(source)}' if isinstance(source, Path) else position}"
+            f"{part} {label} {f'{source.name} {file_size(source)}' if isinstance(source, ImageFile) else position}"
             for part, samples in (("train", self.train), ("val", self.val))
             for position, (source, label) in enumerate(samples)
         ]
@@ -63,15 +75,15 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
 
 
 def load_labelled_images(data: str, *, val_fraction: float = 0.2, seed: int = 0) -> LabelledImages:
-    """Read ``data``, which is "digits" or a folder.
+    """Read ``data``, which is "digits", a folder, or a folder packed by `pack_folder`, which gives the same images.
 
     A folder holds either ``train/CLASS/*.jpg`` and ``val/CLASS/*.jpg`` (or valid, validation, test), or ``CLASS/*.jpg``
     alone, of which the same ``val_fraction`` of every class is then held out.
 
     Raises:
-        FileNotFoundError: there is no such folder.
+        FileNotFoundError: there is no such folder, or a shard is missing.
         ValueError: it is no folder, holds no images, or not in one of these layouts, or the classes of the two splits
-            do not match.
+            do not match; the index or a shard is damaged.
     """
     split: dict[str, Any] = {"val_fraction": val_fraction, "seed": seed}
     if data == DIGITS:
@@ -80,21 +92,46 @@ def load_labelled_images(data: str, *, val_fraction: float = 0.2, seed: int = 0)
         return LabelledImages(DIGITS, classes, train, val, {**split, "data": DIGITS})
     root = data_folder(data)
     name = root.resolve().name
+    classes, train, held_out = _read_packed(root) if is_packed(root) else _read_plain(root)
+    if held_out is not None:
+        return LabelledImages(name, classes, train, held_out)
+    train, val = stratified_split(train, root=root, **split)
+    return LabelledImages(name, classes, train, val, {**split, "trained_on": _fingerprints(train, root)})
+
+
+@dataclass(frozen=True)
+class ImageFolders:
+    """The images of a folder.
+
+    Attributes:
+        classes: what the labels index.
+        train_root, val_root: the folders of class folders; ``val_root`` is None if there is one such folder only.
+        train, val: their images.
+    """
+
+    classes: tuple[str, ...]
+    train_root: Path
+    train: list[LabelledFile]
+    val_root: Path | None = None
+    val: list[LabelledFile] = field(default_factory=list)
+
+
+def read_folders(root: Path) -> ImageFolders:
+    """The images of a folder that is not packed; errors as `load_labelled_images`."""
     train_root, val_root = _find_folder(root, TRAIN_FOLDERS), find_val_folder(root)
     if train_root is None:
         if val_root is not None:
             raise ValueError(f"{root}: has {val_root.name}/ but no train/")
-        classes, samples = _read_training_folder(root)
-        train, val = stratified_split(samples, root=root, **split)
-        return LabelledImages(name, classes, train, val, {**split, "trained_on": _fingerprints(train, root)})
+        classes, train = _read_training_folder(root)
+        return ImageFolders(classes, root, train)
     if val_root is None:
         raise ValueError(f"{root}: has {train_root.name}/ but none of {', '.join(f'{name}/' for name in VAL_FOLDERS)}")
     classes, train = _read_training_folder(train_root)
-    val = read_split(val_root, classes)
+    val = _label(val_root, classes)
     present = {label for _, label in val}
     if absent := [name for label, name in enumerate(classes) if label not in present]:
         raise ValueError(f"{val_root}: no folders for {_some(absent)}, which {train_root} has")
-    return LabelledImages(name, classes, train, val)
+    return ImageFolders(classes, train_root, train, val_root, val)
 
 
 def data_folder(data: str) -> Path:
@@ -115,19 +152,35 @@ def find_val_folder(root: Path) -> Path | None:
 
 
 def read_split(folder: Path, classes: Sequence[str]) -> list[Sample]:
-    """The images of ``folder/CLASS/``, labelled by the given classes, of which some may be missing.
+    """The images of ``folder/CLASS/``, or of the held-out part (else all) of a packed folder.
+
+    They are labelled by the given classes, of which some may be missing.
 
     Raises:
         ValueError: a class folder that is not among the classes; no class folders, or an empty one.
     """
+    if not is_packed(folder):
+        return list(_label(folder, classes))
+    found, train, val = _read_packed(folder)
+    label_of = _label_of(folder, found, classes)
+    return [(image, label_of[found[label]]) for image, label in (train if val is None else val)]
+
+
+def _label(folder: Path, classes: Sequence[str]) -> list[LabelledFile]:
     found, samples = _read_class_folders(folder, example=classes[0])
+    label_of = _label_of(folder, found, classes)
+    return [(path, label_of[found[label]]) for path, label in samples]
+
+
+def _label_of(folder: Path, found: Sequence[str], classes: Sequence[str]) -> dict[str, int]:
+    """The labels of ``classes``, if all that are ``found`` in ``folder`` are among them."""
     label_of = {name: label for label, name in enumerate(classes)}
     if foreign := [name for name in found if name not in label_of]:
         raise ValueError(
             f"{folder}: class folders that the model or train/ does not have: {_some(foreign)}; it has "
             f"{_some(classes)}{_proposal(folder, found)}"
         )
-    return [(path, label_of[found[label]]) for path, label in samples]
+    return label_of
 
 
 def stratified_split(
@@ -141,7 +194,7 @@ def stratified_split(
 
     def order(item: tuple[int, Sample]) -> bytes:
         position, (source, _) = item
-        name = source.relative_to(root).as_posix() if root and isinstance(source, Path) else str(position)
+        name = relative_path(source, root) if root and isinstance(source, ImageFile) else str(position)
         return hashlib.sha256(f"{seed}/{name}".encode()).digest()
 
     by_class: dict[int, list[Sample]] = {}
@@ -173,16 +226,24 @@ def held_out_part(samples: Sequence[Sample], root: Path, split: dict[str, Any]) 
 
 def _fingerprints(samples: Sequence[Sample], root: Path, limit: int | None = 256) -> list[str]:
     """Short hashes of path and size of the images, or of ``limit`` of them."""
-    names = (f"{path.relative_to(root).as_posix()}:{_size(path)}" for path, _ in samples if isinstance(path, Path))
+    files = (source for source, _ in samples if isinstance(source, ImageFile))
+    names = (f"{relative_path(file, root)}:{file_size(file)}" for file in files)
     return sorted(hashlib.sha256(name.encode()).hexdigest()[:12] for name in names)[:limit]
 
 
-def _size(path: Path) -> int:
-    """Bytes of a file; -1 if it is not there, as a link may lead nowhere."""
-    try:
-        return path.stat().st_size
-    except OSError:
-        return -1
+def _read_plain(root: Path) -> tuple[tuple[str, ...], list[Sample], list[Sample] | None]:
+    """Classes, training images and held-out images, if there are such."""
+    found = read_folders(root)
+    return found.classes, list(found.train), None if found.val_root is None else list(found.val)
+
+
+def _read_packed(root: Path) -> tuple[tuple[str, ...], list[Sample], list[Sample] | None]:
+    """As `_read_plain`."""
+    index = read_index(root)
+    samples: dict[str, list[Sample]] = {
+        name: list(zip(split.sources(root), split.label.tolist(), strict=True)) for name, split in index.splits.items()
+    }
+    return index.classes, samples["train"], samples.get("val")
 
 
 def _find_folder(root: Path, names: Sequence[str]) -> Path | None:
@@ -190,7 +251,7 @@ def _find_folder(root: Path, names: Sequence[str]) -> Path | None:
     return next((folders[name] for name in names if name in folders), None)
 
 
-def _read_training_folder(root: Path) -> tuple[tuple[str, ...], list[Sample]]:
+def _read_training_folder(root: Path) -> tuple[tuple[str, ...], list[LabelledFile]]:
     classes, samples = _read_class_folders(root)
     if len(classes) == 1:
         raise ValueError(
@@ -199,13 +260,13 @@ def _read_training_folder(root: Path) -> tuple[tuple[str, ...], list[Sample]]:
     return classes, samples
 
 
-def _read_class_folders(root: Path, example: str = "CLASS") -> tuple[tuple[str, ...], list[Sample]]:
+def _read_class_folders(root: Path, example: str = "CLASS") -> tuple[tuple[str, ...], list[LabelledFile]]:
     classes = _subfolders(root)
     if not classes:
         loose = next((p.name for p in sorted(root.iterdir()) if p.suffix.lower() in IMAGE_SUFFIXES), None)
         found = "" if loose is None else f"; found images without folders, such as {loose}"
         raise ValueError(f"{root}: no class folders; expected {root.resolve().name}/{example}/*.jpg{found}")
-    samples: list[Sample] = []
+    samples: list[LabelledFile] = []
     for label, name in enumerate(classes):
         files = find_images(root / name)
         if not files:

@@ -13,14 +13,22 @@ from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
 from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from .shards import PackedImage
+
 IMAGE_SUFFIXES = (*IMG_EXTENSIONS, ".gif", ".avif", ".jfif", ".jp2")
 """What counts as an image file in a folder."""
 
 MAX_PIXELS = 1_000_000_000
 """Pixels of the largest picture that is opened. In memory each takes 4 bytes."""
 
-ImageSource = str | Path | bytes | Image.Image | np.ndarray | Tensor
-"""A file, encoded bytes, a PIL image, an (H, W[, C]) array or a (C, H, W) tensor; uint8, uint16, or floats 0 to 1."""
+ImageSource = str | Path | PackedImage | bytes | Image.Image | np.ndarray | Tensor
+"""A file, one in a shard, encoded bytes, a PIL image, an (H, W[, C]) array or a (C, H, W) tensor.
+
+Values of the last two are uint8, uint16, or floats from 0 to 1.
+"""
+
+ImageFile = Path | PackedImage
+"""A file, or one in a shard."""
 
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -46,6 +54,7 @@ def open_image(source: ImageSource) -> Image.Image:
 
     Raises:
         FileNotFoundError: there is no such file.
+        OSError: it cannot be read, if it is in a shard.
         ValueError: what is there is no readable image, or one of more than `MAX_PIXELS`; the message names the file.
     """
     if isinstance(source, (np.ndarray, Tensor)):
@@ -55,6 +64,8 @@ def open_image(source: ImageSource) -> Image.Image:
         return image.copy() if image is source else image
     if isinstance(source, bytes):
         return _to_rgb(_decode(source, "image bytes"), "image bytes")
+    if isinstance(source, PackedImage):
+        return _to_rgb(_decode(source.read(), str(source)), str(source))
     if not isinstance(source, (str, Path)):
         raise ValueError(
             f"an image given as {type(source).__name__}; expected a path, bytes, PIL image, array or tensor"
@@ -62,6 +73,26 @@ def open_image(source: ImageSource) -> Image.Image:
     if not Path(source).is_file():
         raise FileNotFoundError(f"{source}: no such image file")
     return _to_rgb(_decode(source, str(source)), str(source))
+
+
+def source_name(source: ImageSource) -> str | None:
+    """Name of the file that an image is in, or was in before it was packed; None if it is in memory."""
+    return source.name if isinstance(source, ImageFile) else None
+
+
+def relative_path(source: ImageFile, root: Path) -> str:
+    """Where an image is in the folder ``root`` of images, or was before it was packed; with slashes."""
+    return source.path if isinstance(source, PackedImage) else source.relative_to(root).as_posix()
+
+
+def file_size(source: ImageFile) -> int:
+    """Bytes of an image file; -1 if it is not there, as a link may lead nowhere."""
+    if isinstance(source, PackedImage):
+        return source.size
+    try:
+        return source.stat().st_size
+    except OSError:
+        return -1
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from qtvit.data import open_image
 from qtvit.data.classification import Sample
+from qtvit.data.images import source_name
 from qtvit.deploy.annotate import Tile, contact_sheet, shorten, thumbnail
 
 from .evaluate import Evaluation
@@ -189,7 +190,7 @@ def _save_sheet(
         wrong = int(predicted[index]) != label
         lines = [f"{float(confidence[index]):.0%} {evaluation.classes[int(predicted[index])]}"]
         lines += [f"is {evaluation.classes[label]}"] if wrong else []
-        lines += [source.name] if isinstance(source, Path) else []
+        lines += [name] if (name := source_name(source)) else []
         tiles.append(Tile(thumbnail(open_image(source)), lines, "crimson" if wrong else "black"))
     contact_sheet(tiles, title).save(out)
 
