@@ -4,6 +4,7 @@ Both follow from (seed, epoch, step, sample) alone. They do not depend on how ma
 often training was interrupted, so a resumed run goes on exactly where it stopped.
 """
 
+import hashlib
 import random
 from collections.abc import Iterator, Sequence
 from typing import TypeVar
@@ -61,7 +62,7 @@ class SeededDataset(Dataset[T]):
         self.seed = seed
 
     def __getitem__(self, key: Key) -> T:
-        seed_everywhere(self.seed, *key)
+        _seed_cpu(derived_seed(self.seed, *key))
         return self.dataset[key[1]]
 
 
@@ -71,13 +72,20 @@ def fixed_keys(indices: Sequence[int]) -> list[Key]:
 
 
 def derived_seed(*numbers: int) -> int:
-    """A 64-bit seed that depends on every one of ``numbers``, which are not negative."""
-    return int(np.random.SeedSequence([len(numbers), *numbers]).generate_state(1, np.uint64)[0])
+    """A 64-bit seed that depends on every one of ``numbers``."""
+    text = repr([int(number) for number in numbers])
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
 def seed_everywhere(*numbers: int) -> None:
     """Set the random number generators of Python, NumPy and torch to a state that ``numbers`` determine."""
     seed = derived_seed(*numbers)
+    _seed_cpu(seed)
+    torch.manual_seed(seed)
+
+
+def _seed_cpu(seed: int) -> None:
+    """Seed the generators that images are augmented with; those of GPUs are left alone, as that takes longer."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
+    torch.default_generator.manual_seed(seed)
