@@ -2,6 +2,18 @@
 
 from .attention import MultiScaleAttention
 from .conv import ConvNormAct, ConvPair, DSConv, FusedMBConv, MBConv, Residual
+from .drop_path import DropPath, set_drop_path
 from .lean import recompute
 
-__all__ = ["ConvNormAct", "ConvPair", "DSConv", "FusedMBConv", "MBConv", "MultiScaleAttention", "Residual", "recompute"]
+__all__ = [
+    "ConvNormAct",
+    "ConvPair",
+    "DSConv",
+    "DropPath",
+    "FusedMBConv",
+    "MBConv",
+    "MultiScaleAttention",
+    "Residual",
+    "recompute",
+    "set_drop_path",
+]

@@ -16,12 +16,22 @@ from typing import Any, Literal
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import ClassifierHead as PoolHead
-from timm.layers import DropPath, SelectAdaptivePool2d, create_act_layer, register_notrace_module, to_2tuple
+from timm.layers import SelectAdaptivePool2d, create_act_layer, register_notrace_module, to_2tuple
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from qtvit.layers import ConvNormAct, ConvPair, DSConv, FusedMBConv, MBConv, MultiScaleAttention, Residual, recompute
+from qtvit.layers import (
+    ConvNormAct,
+    ConvPair,
+    DropPath,
+    DSConv,
+    FusedMBConv,
+    MBConv,
+    MultiScaleAttention,
+    Residual,
+    recompute,
+)
 
 from .released import checkpoint_filter_fn, released_name
 
@@ -166,11 +176,14 @@ class QTViT(nn.Module):
         global_pool: pooling of the head, "avg", "max" or "avgmax"; "" for none, see `ClassifierHead`.
         kernel: attention kernel, a name in ``qtvit.ops.KERNELS``.
         drop_rate: dropout before the classifier.
-        drop_path_rate: stochastic depth of the last residual unit; unit i of n gets ``drop_path_rate * (i + 1) / n``.
+        drop_path_rate: stochastic depth of the last residual unit, in [0, 1); unit i of n, counted from 0, gets
+            ``drop_path_rate * (i + 1) / n``. An attention block is two units, family B's stem block none.
+        drop_path_skip: how many of the first units are never dropped and do not count in n. (The paper's table says
+            blocks; at the start of family L, where the recipe uses it, every block is one unit.)
         device, dtype: where and as what the parameters are made, as for any ``torch.nn`` module.
 
     Raises:
-        ValueError: an unknown kernel, or a pooling that changes the number of channels.
+        ValueError: an unknown kernel, a pooling that changes the number of channels, or a drop path out of range.
     """
 
     def __init__(
@@ -184,6 +197,7 @@ class QTViT(nn.Module):
         kernel: str = "taylor2",
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
+        drop_path_skip: int = 0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -196,7 +210,7 @@ class QTViT(nn.Module):
         self.kernel = kernel
         self.grad_checkpointing = False
 
-        drop_paths = _drop_paths(cfg.stages, drop_path_rate)
+        drop_paths = _drop_paths(cfg.stages, drop_path_rate, drop_path_skip)
         self.stages = nn.Sequential()
         self.feature_info: list[dict[str, Any]] = []
         chans, reduction = in_chans, 1
@@ -227,6 +241,8 @@ class QTViT(nn.Module):
         """Truncated normal 0.02 for convolutions and linear layers; the last norm of a residual branch starts at 0."""
         self.apply(_init_weights)
         for name, module in self.named_modules():
+            if isinstance(module, DropPath):
+                module.init_non_persistent_buffers()
             if name.endswith((".main", ".attn", ".local")):  # the residual branches
                 last_norm = [m for m in module.modules() if isinstance(m, nn.BatchNorm2d)][-1]
                 nn.init.zeros_(last_norm.weight)
@@ -328,11 +344,16 @@ class QTViT(nn.Module):
         return recompute(stage, x)
 
 
-def _drop_paths(stages: Sequence[Stage], rate: float) -> Iterator[nn.Module]:
+def _drop_paths(stages: Sequence[Stage], rate: float, skip: int) -> Iterator[nn.Module]:
     """One drop-path module for each residual unit, in order (an attention block is two, DSConv stem blocks none)."""
-    units = [(2 if s.block == "attn" else 1) * s.depth for s in stages if s.block != "ds"]
-    num_units = sum(units)
-    return (DropPath(rate * (i + 1) / num_units) if rate else nn.Identity() for i in range(num_units))
+    num_units = sum((2 if s.block == "attn" else 1) * s.depth for s in stages if s.block != "ds")
+    if not 0 <= rate < 1:
+        raise ValueError(f"drop_path_rate must be at least 0 and less than 1, got {rate}")
+    last = max(num_units - 1, 0)
+    if skip not in range(last + 1):
+        raise ValueError(f"drop_path_skip must be a whole number from 0 to {last}, got {skip}")
+    rates = [rate * max(i + 1 - skip, 0) / (num_units - skip) for i in range(num_units)]
+    return (DropPath(rate) if rate else nn.Identity() for rate in rates)
 
 
 def _first_block(stage: Stage, in_chans: int, cfg: Architecture) -> nn.Module:

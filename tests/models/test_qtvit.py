@@ -6,9 +6,10 @@ import pytest
 import timm
 import torch
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
 from torch.utils.flop_counter import FlopCounterMode
 
-from qtvit.layers import MultiScaleAttention, Residual
+from qtvit.layers import DropPath, MultiScaleAttention, Residual, set_drop_path
 from qtvit.models import ARCHITECTURES, Architecture, QTViT
 from qtvit.models.qtvit import AttentionBlock
 from qtvit.ops import KERNELS, reference_attention
@@ -32,6 +33,10 @@ RELEASED_COST = {
 def meta_model(name: str) -> QTViT:
     with torch.device("meta"):
         return timm.create_model(name).eval()
+
+
+def drop_path_rates(model: nn.Module) -> dict[str, float]:
+    return {name: m.drop_prob.item() for name, m in model.named_modules() if isinstance(m, DropPath)}
 
 
 def num_params(model: nn.Module) -> int:
@@ -180,12 +185,85 @@ def test_drop_path_rises_over_the_residual_units(
 ) -> None:
     """An attention block is two units, family L's stem block is one, family B's is none."""
     model = QTViT(tiny_architectures[family], drop_path_rate=0.3)
-    rates = {name: float(m.drop_prob) for name, m in model.named_modules() if hasattr(m, "drop_prob")}
+    rates = drop_path_rates(model)
     assert list(rates.values()) == pytest.approx([0.3 * (i + 1) / num_units for i in range(num_units)])
     assert any(name.startswith("stages.0.") for name in rates) == (family == "l")
     attention = [name for name in rates if "attn" in name]
     assert len(attention) * 2 == sum("attn" in name or "local" in name for name in rates)
-    assert all(not float(getattr(m, "drop_prob", 0)) for m in QTViT(tiny_architectures[family]).modules())
+    assert drop_path_rates(QTViT(tiny_architectures[family])) == {}
+
+
+# qtvit_1 has 1 and 2 residual blocks in stages 1 and 2, then 3 and 4 of attention, at two units each. qtvit_4 has one
+# in each of the first three stages, of which the recipe skips two, then 6, and 6 of attention.
+@pytest.mark.parametrize(
+    ("name", "rate", "skip", "rates", "first", "last"),
+    [
+        ("qtvit_1", 0.05, 0, [0.05 * i / 17 for i in range(1, 18)], "1.1.", "4.4.local_"),
+        ("qtvit_4", 0.1, 2, [0.1 * i / 19 for i in range(1, 20)], "2.1.", "4.6.local_"),
+    ],
+)
+def test_drop_path_of_the_recipe(name: str, rate: float, skip: int, rates: list[float], first: str, last: str) -> None:
+    with torch.device("meta"):
+        model = timm.create_model(name, drop_path_rate=rate, drop_path_skip=skip)
+    ours = {name: module.rate for name, module in model.named_modules() if isinstance(module, DropPath)}
+    assert list(ours.values()) == pytest.approx(rates)
+    assert (next(iter(ours)), list(ours)[-1]) == (f"stages.{first}drop_path", f"stages.{last}drop_path")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"drop_path_rate": 1.0}, r"drop_path_rate must be at least 0 and less than 1, got 1\.0"),
+        ({"drop_path_rate": -0.1}, r"drop_path_rate .* got -0\.1"),
+        ({"drop_path_rate": float("nan")}, "drop_path_rate .* got nan"),
+        ({"drop_path_rate": 0.1, "drop_path_skip": 8}, "drop_path_skip must be a whole number from 0 to 7, got 8"),
+        ({"drop_path_skip": -1}, "drop_path_skip .* got -1"),
+        ({"drop_path_skip": 1.5}, r"drop_path_skip .* got 1\.5"),
+    ],
+)
+def test_impossible_drop_path(arguments: dict[str, float], message: str, tiny_architectures: Architectures) -> None:
+    with pytest.raises(ValueError, match=message):
+        QTViT(tiny_architectures["b"], **arguments)
+    last = QTViT(tiny_architectures["b"], drop_path_rate=0.1, drop_path_skip=7)
+    assert list(drop_path_rates(last).values()) == pytest.approx([0.1])
+
+
+def test_drop_path_of_a_model_from_the_meta_device(tiny_architectures: Architectures) -> None:
+    with torch.device("meta"):
+        model = QTViT(tiny_architectures["b"], drop_path_rate=0.4)
+    model.to_empty(device="cpu")
+    set_drop_path(model, float("nan"))
+    model.init_weights()
+    assert list(drop_path_rates(model).values()) == pytest.approx([0.05 * i for i in range(1, 9)])
+
+
+def test_drop_path_ramp(tiny_architectures: Architectures) -> None:
+    model = QTViT(tiny_architectures["b"], drop_path_rate=0.4)
+    keys = list(QTViT(tiny_architectures["b"]).state_dict())
+    for progress in (0.0, 0.25, 1.0):
+        set_drop_path(model, progress)
+        assert list(drop_path_rates(model).values()) == pytest.approx([0.05 * i * progress for i in range(1, 9)])
+    assert list(model.state_dict()) == keys
+
+
+def test_a_changing_drop_path_neither_recompiles_nor_starves_a_parameter(
+    tiny_architectures: Architectures, randomize: Randomize
+) -> None:
+    model = randomize(QTViT(tiny_architectures["nano"], num_classes=10, drop_path_rate=0.3), 0).train()
+    plain = randomize(QTViT(tiny_architectures["nano"], num_classes=10), 0).train()
+    torch.compiler.reset()
+    counter = CompileCounter()
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    x = image(16, 16, batch=8)
+    for progress in (0.0, 0.5, 1.0):
+        set_drop_path(model, progress)
+        logits = compiled(x)
+        logits.logsumexp(1).mean().backward()
+        assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
+        assert torch.allclose(logits, plain(x), atol=1e-4) == (progress == 0)
+        model.zero_grad()
+    assert counter.frame_count == 1
+    torch.compiler.reset()
 
 
 @pytest.mark.parametrize(
