@@ -48,7 +48,7 @@ def operations(transform: TrainTransform) -> dict[str, AugmentOp]:
         {"auto_augment": "originalr"},
         {"auto_augment": "v0r"},
         {"auto_augment": "3a", "color_jitter": 0.3},
-        {"auto_augment": "rand-t3aw", "mean": (1, 0.5, 0.1), "std": (0.5, 0.25, 0.2)},
+        {"auto_augment": "rand-m6-t3aw", "mean": (1, 0.5, 0.1), "std": (0.5, 0.25, 0.2)},
         {"scale": (0.2, 0.6), "ratio": (0.5, 2), "hflip": 1, "random_erasing": 1},
     ],
     ids=lambda options: options.get("auto_augment", "-".join(options)),
