@@ -12,6 +12,7 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         from qtvit import console
 
         with console.quiet(quiet):
-            args.command(rest if args.command == train_classify else args)
+            return args.command(rest if args.command == train_classify else args) or 0
     except KeyboardInterrupt as stop:
         print(str(stop) or "interrupted", file=sys.stderr)
         return 130
@@ -51,7 +52,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"qtvit: error: {_one_line(error)}", file=sys.stderr)
         return 2
-    return 0
 
 
 def _one_line(error: Exception) -> str:
@@ -165,6 +165,18 @@ def _parser() -> argparse.ArgumentParser:
     pack.add_argument("out", type=Path, help="folder to create")
     pack.add_argument("--shard-size", type=_positive, default=256, metavar="MB", help="of each tar file (default: 256)")
     pack.set_defaults(command=pack_data)
+    check = what.add_parser(
+        "check",
+        help="read every image, and list what is broken, doubled, mislabelled or too small",
+        description="Reads every image of a folder or packed folder. Reports images that cannot be read or are tiny, "
+        "the same image in several classes, in train and val, or several times, and class folders that are empty or "
+        "missing. The exit code is 1 if there are such problems, 0 if there are none, 2 if nothing could be checked.",
+    )
+    check.add_argument("folder", help="folder of images, as for training, or what `qtvit data pack` made of it")
+    check.add_argument("--num-workers", type=_positive, default=8, help="threads that read images (default: 8)")
+    check.add_argument("--min-side", type=_positive, default=32, metavar="PX", help="report smaller images (32)")
+    check.add_argument("--json", type=_new_file, metavar="FILE", help="also write the whole report to FILE")
+    check.set_defaults(command=check_data)
 
     models = commands.add_parser("models", help="list the models with size, cost and published accuracy")
     models.add_argument("--json", action="store_true", help="print JSON instead of a table")
@@ -396,6 +408,20 @@ def pack_data(args: argparse.Namespace) -> None:
         f"packed {images} images of {len(index.classes)} classes into {len(shards)} "
         f"shard{'s' * (len(shards) != 1)}, {num_bytes / 1e6:,.1f} MB: {args.out}"
     )
+
+
+def check_data(args: argparse.Namespace) -> int:
+    """``qtvit data check``; 1 if there are problems."""
+    from qtvit import console
+    from qtvit.data import check_data as run_check
+
+    _make_parent(args.json)
+    report = run_check(args.folder, num_threads=args.num_workers, min_side=args.min_side)
+    for line in report.lines():
+        console.result(line)
+    if args.json:
+        _write_json(args.json, {"data": args.folder, "num_problems": report.num_problems, **asdict(report)})
+    return int(report.num_problems > 0)
 
 
 def list_models(args: argparse.Namespace) -> None:

@@ -2,6 +2,7 @@
 
 from .augment import TrainTransform
 from .broken import drop_broken, find_broken
+from .check import check_data
 from .classification import DIGITS, ImageDataset, LabelledImages, load_labelled_images, read_split
 from .images import ImageSource, find_images, open_image
 from .names import class_names
@@ -18,6 +19,7 @@ __all__ = [
     "PackedImage",
     "Preprocess",
     "TrainTransform",
+    "check_data",
     "class_names",
     "drop_broken",
     "find_broken",

@@ -118,7 +118,7 @@ class ImageFolders:
 
 def read_folders(root: Path) -> ImageFolders:
     """The images of a folder that is not packed; errors as `load_labelled_images`."""
-    train_root, val_root = _find_folder(root, TRAIN_FOLDERS), find_val_folder(root)
+    train_root, val_root = find_train_folder(root), find_val_folder(root)
     if train_root is None:
         if val_root is not None:
             raise ValueError(f"{root}: has {val_root.name}/ but no train/")
@@ -240,10 +240,17 @@ def _read_plain(root: Path) -> tuple[tuple[str, ...], list[Sample], list[Sample]
 def _read_packed(root: Path) -> tuple[tuple[str, ...], list[Sample], list[Sample] | None]:
     """As `_read_plain`."""
     index = read_index(root)
-    samples: dict[str, list[Sample]] = {
-        name: list(zip(split.sources(root), split.label.tolist(), strict=True)) for name, split in index.splits.items()
-    }
+    samples: dict[str, list[Sample]] = {}
+    for name, split in index.splits.items():
+        if damage := split.damage(root):
+            raise damage[0]
+        samples[name] = list(zip(split.sources(root), split.label.tolist(), strict=True))
     return index.classes, samples["train"], samples.get("val")
+
+
+def find_train_folder(root: Path) -> Path | None:
+    """The folder of training images in ``root``: train or training, in any case."""
+    return _find_folder(root, TRAIN_FOLDERS)
 
 
 def _find_folder(root: Path, names: Sequence[str]) -> Path | None:
@@ -261,7 +268,7 @@ def _read_training_folder(root: Path) -> tuple[tuple[str, ...], list[LabelledFil
 
 
 def _read_class_folders(root: Path, example: str = "CLASS") -> tuple[tuple[str, ...], list[LabelledFile]]:
-    classes = _subfolders(root)
+    classes = class_folders(root)
     if not classes:
         loose = next((p.name for p in sorted(root.iterdir()) if p.suffix.lower() in IMAGE_SUFFIXES), None)
         found = "" if loose is None else f"; found images without folders, such as {loose}"
@@ -275,13 +282,14 @@ def _read_class_folders(root: Path, example: str = "CLASS") -> tuple[tuple[str, 
     return classes, samples
 
 
-def _subfolders(folder: Path) -> tuple[str, ...]:
+def class_folders(folder: Path) -> tuple[str, ...]:
+    """Names of the folders in ``folder`` that count as classes, in the order of their labels."""
     return tuple(sorted(p.name for p in folder.iterdir() if p.is_dir() and not is_hidden(p.name)))
 
 
 def _proposal(root: Path, classes: Sequence[str]) -> str:
     """The end of an error message if the real class folders seem to be one level further down."""
-    if len(classes) == 1 and (below := _subfolders(root / classes[0])):
+    if len(classes) == 1 and (below := class_folders(root / classes[0])):
         return f" (did you mean {root / classes[0]}, with the folders {_some(below)}?)"
     return ""
 

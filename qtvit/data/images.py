@@ -95,6 +95,21 @@ def file_size(source: ImageFile) -> int:
         return -1
 
 
+def read_file(source: ImageFile) -> bytes:
+    """The bytes of an image file.
+
+    Raises:
+        OSError: it cannot be read; the message names it.
+        ValueError: the shard is damaged.
+    """
+    if isinstance(source, PackedImage):
+        return source.read()
+    try:
+        return source.read_bytes()
+    except OSError as error:
+        raise OSError(f"{source}: cannot be read ({error.strerror})") from error
+
+
 @contextmanager
 def any_size() -> Iterator[None]:
     """Within this context PIL opens and crops pictures of any size; its own limit is below what today's phones make.
@@ -121,20 +136,24 @@ def find_images(folder: Path) -> list[Path]:
     Raises:
         OSError: a folder that may not be read.
     """
-    found: list[Path] = []
+    return sorted(path for path in find_files(folder) if is_image(path.name))
+
+
+def find_files(folder: Path) -> Iterator[Path]:
+    """All files below ``folder`` without hidden ones, in no order; errors as `find_images`."""
     for parent, folders, files in os.walk(folder, onerror=_raise):
         folders[:] = [name for name in folders if not is_hidden(name)]
-        found += [Path(parent, name) for name in files if not is_hidden(name) and _is_image(name)]
-    return sorted(found)
+        yield from (Path(parent, name) for name in files if not is_hidden(name))
+
+
+def is_image(name: str) -> bool:
+    """Whether a file of this name counts as an image."""
+    return name.lower().endswith(IMAGE_SUFFIXES)
 
 
 def is_hidden(name: str) -> bool:
     """Whether a file or folder of this name is some program's own: .DS_Store, ._1.jpg, .ipynb_checkpoints, __MACOSX."""
     return name.startswith(".") or name == "__MACOSX"
-
-
-def _is_image(name: str) -> bool:
-    return name.lower().endswith(IMAGE_SUFFIXES)
 
 
 def _raise(error: OSError) -> None:

@@ -14,7 +14,7 @@ from qtvit import console
 from qtvit.files import open_folder, replacing
 
 from .classification import LabelledFile, data_folder, read_folders
-from .images import file_size, relative_path
+from .images import file_size, read_file, relative_path
 from .shards import BLOCK, INDEX, PackedSplit, Shard, ShardIndex, is_packed, member_name, write_index
 
 
@@ -103,7 +103,7 @@ def _write_shard(
         with tarfile.open(fileobj=target, mode="w", format=tarfile.USTAR_FORMAT) as tar:
             for key in keys:
                 source, label = samples[key]
-                image = _read(source)
+                image = read_file(source)
                 yield key, (tar.offset + BLOCK, len(image))
                 for name, content in ((member_name(key, paths[key]), image), (f"{key:08d}.cls", b"%d" % label)):
                     member = tarfile.TarInfo(name)  # of nobody, from 1970: the same bytes every time
@@ -111,10 +111,3 @@ def _write_shard(
                     tar.addfile(member, io.BytesIO(content))
         target.flush()
         os.fsync(target.fileno())
-
-
-def _read(source: Path) -> bytes:
-    try:
-        return source.read_bytes()
-    except OSError as error:
-        raise OSError(f"{source}: cannot be read ({error.strerror})") from error

@@ -110,20 +110,21 @@ class PackedSplit:
     label: np.ndarray
     path: Sequence[str]
 
-    def sources(self, root: Path) -> list[PackedImage]:
-        """The images, in shards in the folder ``root``.
-
-        Raises:
-            FileNotFoundError: a shard is missing.
-            ValueError: one has another size than when it was written.
-        """
-        files = [root / shard.name for shard in self.shards]
-        for file, shard in zip(files, self.shards, strict=True):
+    def damage(self, root: Path) -> list[FileNotFoundError | ValueError]:
+        """The shards that are not in the folder ``root`` as they were written: missing, or of another size."""
+        found: list[FileNotFoundError | ValueError] = []
+        for shard in self.shards:
+            file = root / shard.name
             if not file.is_file():
-                raise FileNotFoundError(f"{file}: no such shard, but {INDEX} names it")
-            if (found := file.stat().st_size) != shard.num_bytes:
-                raise ValueError(f"{file}: {found} bytes instead of {shard.num_bytes}; copy or pack it again")
+                found.append(FileNotFoundError(f"{file}: no such shard, but {INDEX} names it"))
+            elif (size := file.stat().st_size) != shard.num_bytes:
+                found.append(ValueError(f"{file}: {size} bytes instead of {shard.num_bytes}; copy or pack it again"))
+        return found
+
+    def sources(self, root: Path) -> list[PackedImage]:
+        """The images, in shards in the folder ``root``."""
         _open_shard.cache_clear()  # another file may have taken the place of an open one
+        files = [root / shard.name for shard in self.shards]
         columns = (self.shard.tolist(), self.offset.tolist(), self.size.tolist(), self.path)
         rows = enumerate(zip(*columns, strict=True))
         return [PackedImage(files[shard], offset, size, key, path) for key, (shard, offset, size, path) in rows]
