@@ -29,7 +29,7 @@ class DropPath(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return x
-        kept = torch.rand((x.shape[0], 1, 1, 1), device=x.device) >= self.drop_prob
+        kept = torch.rand_like(x[:, :1, :1, :1], dtype=torch.float32) >= self.drop_prob
         return x * (kept / (1 - self.drop_prob)).to(x.dtype)
 
     def extra_repr(self) -> str:
