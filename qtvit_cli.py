@@ -27,7 +27,8 @@ SHEET_SUFFIXES = (".png", ".jpg", ".jpeg")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command in ``argv``; 0 if it worked, 2 with one line on stderr if the user has to change something."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    debug, quiet = "--debug" in argv, "--quiet" in argv
+    debug, first = "--debug" in argv, os.environ.get("RANK", "0") == "0"
+    quiet = "--quiet" in argv or not first  # of torchrun's processes, one speaks
     args, rest = _parser().parse_known_args([arg for arg in argv if arg not in ("--debug", "--quiet")])
     if rest and args.command != train_classify:
         _parser().error(f"unrecognized arguments: {' '.join(rest)}")
@@ -50,7 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except USER_ERRORS as error:
         if debug:
             raise
-        print(f"qtvit: error: {_one_line(error)}", file=sys.stderr)
+        if first or isinstance(error, FloatingPointError):
+            print(f"qtvit: error: {_one_line(error)}", file=sys.stderr)
         return 2
 
 
@@ -155,6 +157,17 @@ def _parser() -> argparse.ArgumentParser:
     steps.add_argument("--threads", type=_positive, help="CPU threads (default: one per core)")
     steps.add_argument("--json", type=_new_file, metavar="FILE", help="also write all samples to FILE")
     steps.set_defaults(command=bench_train)
+    loader = kinds.add_parser("loader", help="images per second of the training loader, next to timm's")
+    loader.add_argument("data", help="folder with train/CLASS/*.jpg, or CLASS/*.jpg alone")
+    loader.add_argument("--img-size", default="224", help="side or HEIGHTxWIDTH (default: 224)")
+    loader.add_argument("--batch-size", type=_positive, default=128)
+    loader.add_argument("--num-workers", type=int, help="processes that load images (default: one per core less one)")
+    loader.add_argument("--batches", type=_positive, default=8, help="batches of a turn (default: 8)")
+    loader.add_argument("--rounds", type=_positive, default=10, help="turns of each loader to time (default: 10)")
+    loader.add_argument("--auto-augment", default="rand-n1-m3-mstd1.0-inc1", help="default: %(default)s")
+    loader.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    loader.add_argument("--json", type=_new_file, metavar="FILE", help="also write all samples to FILE")
+    loader.set_defaults(command=bench_loader)
 
     data = commands.add_parser("data", help="prepare image folders: pack them into shards, check them")
     what = data.add_subparsers(metavar="WHAT", required=True)
@@ -192,7 +205,9 @@ def train_classify(argv: list[str]) -> None:
 
     from qtvit.training.classify import run_training
 
-    _print_summary(run_training(config))
+    summary = run_training(config)
+    if summary is not None:
+        _print_summary(summary)
 
 
 def quickstart(args: argparse.Namespace) -> None:
@@ -202,6 +217,8 @@ def quickstart(args: argparse.Namespace) -> None:
 
     output = ["--output", args.output] if args.output else []
     summary = run_training(parse_config(["--recipe", "quickstart", "--device", args.device, *output]))
+    if summary is None:
+        return
     _print_summary(summary)
     command = _command()
     print(
@@ -225,7 +242,7 @@ def evaluate(args: argparse.Namespace) -> None:
     from qtvit.training.evaluate import evaluate as run_evaluation
     from qtvit.training.evaluate import held_out_samples
     from qtvit.training.report import class_table, headline, scores, write_report
-    from qtvit.training.run import create_run_folder, default_workers, set_threads
+    from qtvit.training.run import clean_up, create_run_folder, default_workers, set_threads
 
     _make_parent(args.json)
     predictor = Predictor.load(args.run, args.device)
@@ -236,13 +253,10 @@ def evaluate(args: argparse.Namespace) -> None:
     path = path.parent if path.name == BEST else path
     run = path.name if path.is_dir() else path.stem
     folder = create_run_folder(args.output, f"eval-{run}-{Path(args.data).resolve().name}")
-    try:
+    with clean_up(folder):
         if args.on_bad_image == "skip":
             samples = drop_broken(samples)
         evaluation = run_evaluation(predictor, samples, batch_size=args.batch_size, num_workers=num_workers)
-    except BaseException:
-        folder.rmdir()
-        raise
     print(f"{headline(evaluation)}: {which}")
     absent = [row.label for row in evaluation.per_class() if row.num_images == 0]
     if absent:
@@ -391,6 +405,39 @@ def bench_train(args: argparse.Namespace) -> None:
         print(
             f"{name:<20}{row['bytes_kept_per_image'] / 1e6:>14.1f}{row['bytes_kept_ratio']:>7.2f}"
             f"{1e3 * row['step_median_seconds']:>10.1f}  {step['median']:.2f} ({step['low']:.2f}–{step['high']:.2f})"
+        )
+    if args.json:
+        _write_json(args.json, result)
+
+
+def bench_loader(args: argparse.Namespace) -> None:
+    """``qtvit bench loader``."""
+    from qtvit.bench.loader import bench_loader as run_benchmark
+    from qtvit.data.transforms import parse_size
+    from qtvit.training.run import default_workers, set_threads
+
+    _make_parent(args.json)
+    num_workers = default_workers(in_memory=False) if args.num_workers is None else args.num_workers
+    if num_workers < 0:
+        raise ValueError(f"--num-workers must be 0 or more, got {num_workers}")
+    set_threads(None, num_workers)
+    result = run_benchmark(
+        args.data,
+        img_size=parse_size(args.img_size),
+        batch_size=args.batch_size,
+        num_workers=num_workers,
+        batches=args.batches,
+        rounds=args.rounds,
+        auto_augment=args.auto_augment,
+        device=args.device,
+    )
+    print(", ".join(f"{name} {value}" for name, value in {**result["environment"], **result["settings"]}.items()))
+    print(f"\n{'loader':<10}{'images/s':>10}  ratio (quartiles)")
+    for name, row in result["loaders"].items():
+        ratio = row["ratio"]
+        print(
+            f"{name:<10}{row['images_per_second']:>10.1f}  {ratio['median']:.2f} "
+            f"({ratio['low']:.2f}–{ratio['high']:.2f})"
         )
     if args.json:
         _write_json(args.json, result)

@@ -25,11 +25,12 @@ def load(path: str | Path, device: str = "auto") -> Predictor:
     return Predictor.load(path, device)
 
 
-def train_classifier(**options: Any) -> RunSummary:
+def train_classifier(**options: Any) -> RunSummary | None:
     """``qtvit train classify`` with its options as keyword arguments, those of a group as a dictionary.
 
     ``train_classifier(data="photos", model="qtvit_1", epochs=50, optim={"layer_decay": 0.8})``; see
-    `qtvit.training.config.TrainConfig` for all of them, besides ``recipe``.
+    `qtvit.training.config.TrainConfig` for all of them, besides ``recipe``. Under ``torchrun``, None for all processes
+    but the first.
 
     Raises:
         ValueError, FileNotFoundError: as the command's errors.

@@ -1,4 +1,6 @@
-"""Devices by name."""
+"""Devices by name, and the processes of a distributed run."""
+
+import os
 
 import torch
 
@@ -22,3 +24,8 @@ def resolve_device(name: str = "auto") -> torch.device:
     if device is None or f"{device.type}:{device.index or 0}" not in [*available, "cpu:0"]:
         raise ValueError(f"no such device: {name!r}; this machine has: {', '.join(available)}")
     return torch.device("cpu") if device.type == "cpu" else device
+
+
+def processes() -> tuple[int, int]:
+    """The number of this process and how many there are, as ``torchrun`` sets them; (0, 1) without it."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))

@@ -5,6 +5,7 @@ often training was interrupted, so a resumed run goes on exactly where it stoppe
 """
 
 import hashlib
+import math
 import random
 from collections.abc import Iterator, Sequence
 from typing import TypeVar
@@ -15,8 +16,8 @@ from torch.utils.data import Dataset, Sampler
 
 T = TypeVar("T")
 
-Key = tuple[int, int]
-"""Epoch and index of a sample."""
+Key = tuple[int, int, int]
+"""Epoch and index of a sample, and the number of the image size that its batch has."""
 
 
 class EpochBatches(Sampler[list[Key]]):
@@ -26,14 +27,26 @@ class EpochBatches(Sampler[list[Key]]):
         num_samples: of the data set.
         batch_size: samples per batch and process.
         seed: of the order.
+        num_sizes: how many image sizes there are besides size 0, which is for evaluation; each batch draws one, the
+            same in all processes. With none, all batches have size 0.
         rank, world_size: this process and the number of processes, which share each step's ``batch_size *
             world_size`` samples.
     """
 
-    def __init__(self, num_samples: int, batch_size: int, seed: int, *, rank: int = 0, world_size: int = 1) -> None:
+    def __init__(
+        self,
+        num_samples: int,
+        batch_size: int,
+        seed: int,
+        *,
+        num_sizes: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
         self.num_samples = num_samples
         self.batch_size = batch_size
         self.seed = seed
+        self.num_sizes = num_sizes
         self.rank = rank
         self.world_size = world_size
         self.epoch = 0
@@ -43,32 +56,56 @@ class EpochBatches(Sampler[list[Key]]):
         return self.num_samples // (self.batch_size * self.world_size)
 
     def __iter__(self) -> Iterator[list[Key]]:
-        generator = torch.Generator().manual_seed(derived_seed(self.seed, self.epoch))
-        order = torch.randperm(self.num_samples, generator=generator).tolist()
-        for batch in range(self.first_batch, len(self)):
-            start = (batch * self.world_size + self.rank) * self.batch_size
-            yield [(self.epoch, index) for index in order[start : start + self.batch_size]]
+        order = self._order()
+        return (self._keys(order, batch) for batch in range(self.first_batch, len(self)))
+
+    def keys(self, batch: int) -> list[Key]:
+        """The samples of one batch of the current epoch."""
+        return self._keys(self._order(), batch)
 
     def go_to(self, epoch: int, first_batch: int = 0) -> None:
         """What the next iteration yields: the batches of ``epoch`` from ``first_batch`` on."""
         self.epoch, self.first_batch = epoch, first_batch
 
+    def _order(self) -> list[int]:
+        generator = torch.Generator().manual_seed(derived_seed(self.seed, self.epoch))
+        return torch.randperm(self.num_samples, generator=generator).tolist()
+
+    def _keys(self, order: list[int], batch: int) -> list[Key]:
+        size = 1 + derived_seed(self.seed, self.epoch, batch) % self.num_sizes if self.num_sizes else 0
+        start = (batch * self.world_size + self.rank) * self.batch_size
+        return [(self.epoch, index, size) for index in order[start : start + self.batch_size]]
+
 
 class SeededDataset(Dataset[T]):
-    """``dataset`` with `Key` as index: the random numbers that its item draws follow from ``seed`` and the key."""
+    """One of ``datasets``, the same samples in several sizes, with `Key` as index: the random numbers that an item
+    draws follow from ``seed``, the epoch and the index.
+    """
 
-    def __init__(self, dataset: Dataset[T], seed: int) -> None:
-        self.dataset = dataset
+    def __init__(self, datasets: Sequence[Dataset[T]], seed: int) -> None:
+        self.datasets = datasets
         self.seed = seed
 
     def __getitem__(self, key: Key) -> T:
-        _seed_cpu(derived_seed(self.seed, *key))
-        return self.dataset[key[1]]
+        epoch, index, size = key
+        _seed_cpu(derived_seed(self.seed, epoch, index))
+        return self.datasets[size][index]
 
 
 def fixed_keys(indices: Sequence[int]) -> list[Key]:
-    """Keys of samples that are the same every time, with the augmentation of epoch 0."""
-    return [(0, index) for index in indices]
+    """Keys of samples that are the same every time, in the evaluation's size and with the augmentation of epoch 0."""
+    return [(0, index, 0) for index in indices]
+
+
+def even_batches(num_samples: int, batch_size: int, *, rank: int, world_size: int) -> list[list[int]]:
+    """Every ``world_size``-th sample, in batches of at most ``batch_size`` (but see below) and of nearly equal size.
+
+    All processes get the same number of batches, and no sample comes twice. With fewer than two samples a batch that
+    may take one batch of two.
+    """
+    fewest = num_samples // world_size
+    num_batches = min(math.ceil(math.ceil(num_samples / world_size) / batch_size), fewest)
+    return [part.tolist() for part in np.array_split(np.arange(rank, num_samples, world_size), num_batches)]
 
 
 def derived_seed(*numbers: int) -> int:

@@ -14,12 +14,12 @@ from torchvision.transforms.v2 import functional as tvf
 from qtvit.errors import unknown_name
 
 
-def parse_size(text: str | int) -> tuple[int, int]:
-    """(H, W) from "224" or "160x256" (height first); anything else is a ValueError that names ``--img-size``."""
+def parse_size(text: str | int, option: str = "--img-size") -> tuple[int, int]:
+    """(H, W) from "224" or "160x256" (height first); anything else is a ValueError that names ``option``."""
     match = re.fullmatch(r"(\d+)(?:x(\d+))?", str(text))
     size = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
     if min(size) < 1:
-        raise ValueError(f"--img-size must be a side such as 224, or HEIGHTxWIDTH such as 160x256, got {text!r}")
+        raise ValueError(f"{option} must be a side such as 224, or HEIGHTxWIDTH such as 160x256, got {text!r}")
     return size
 
 

@@ -17,12 +17,16 @@ import lightning
 import torch
 from lightning.pytorch.callbacks import Callback, TQDMProgressBar
 from lightning.pytorch.plugins.io import TorchCheckpointIO
-from torch import Tensor, nn
+from torch import Tensor
 
 from qtvit import console
 from qtvit.checkpoints import ModelInfo, save_model
-from qtvit.data.sampling import EpochBatches, seed_everywhere
+from qtvit.data.sampling import EpochBatches
+from qtvit.device import processes
 from qtvit.files import replacing, write_text
+
+from .optim import batch_norms
+from .task import Task
 
 LAST = "last.ckpt"
 PREVIOUS = "previous.ckpt"
@@ -39,9 +43,8 @@ class _Stop(BaseException):
 class SaveBest(Callback):
     """Writes the model file whenever ``monitor``, the higher the better, is the best so far."""
 
-    def __init__(self, path: Path, model: nn.Module, info: ModelInfo, monitor: str) -> None:
+    def __init__(self, path: Path, info: ModelInfo, monitor: str) -> None:
         self.path = path
-        self.model = model
         self.info = info
         self.monitor = monitor
         self.best = float("-inf")
@@ -52,20 +55,23 @@ class SaveBest(Callback):
             self.best = scores[self.monitor]
             metrics = {name.removeprefix("val/"): score for name, score in scores.items()}
             info = replace(self.info, metrics={**metrics, "epoch": trainer.current_epoch + 1})
-            save_model(self.path, self.model.state_dict(), info)
+            if trainer.is_global_zero:
+                assert isinstance(pl_module, Task)
+                save_model(self.path, pl_module.networks[""].state_dict(), info)
 
     def state_dict(self) -> dict[str, Any]:
         return {"best": self.best}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        if self.path.is_file():
-            self.best = state_dict["best"]
-        else:
+        self.best = state_dict["best"]
+        if not self.path.is_file() and processes()[0] == 0:
+            self.best = float("-inf")
             console.say(f"{self.path} is gone; the best from now on will take its place")
 
 
 class SaveState(Callback):
-    """Writes ``last.ckpt``, from which the run can go on, after every epoch and when the user presses Ctrl-C.
+    """Writes ``last.ckpt``, from which the run can go on, after every epoch, when the user presses Ctrl-C, and within
+    an epoch after every so many steps.
 
     The first Ctrl-C lets the step (or the evaluation) end and saves; the second ends training at once.
 
@@ -74,13 +80,22 @@ class SaveState(Callback):
         batches: of the training images; set to the right place when a run goes on.
         history: of the run.
         description: what is needed to go on besides Lightning's state; `run.find_state` returns it.
+        every_steps: within an epoch; None for never.
     """
 
-    def __init__(self, run: Path, batches: EpochBatches, history: "History", description: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        run: Path,
+        batches: EpochBatches,
+        history: "History",
+        description: dict[str, Any],
+        every_steps: int | None = None,
+    ) -> None:
         self.run = run
         self.batches = batches
         self.history = history
         self.description = description
+        self.every_steps = every_steps
         self.stopping = False
 
     @contextmanager
@@ -109,12 +124,19 @@ class SaveState(Callback):
     def on_train_batch_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        # The last step of an epoch belongs together with its evaluation.
-        if self.stopping and batch_idx + 1 < len(self.batches):
+        stopping = self._is_stopping(trainer)
+        if batch_idx + 1 == len(self.batches):
+            return  # the last step of an epoch belongs together with its evaluation
+        step = trainer.global_step
+        if trainer.fit_loop.epoch_loop._should_accumulate():
+            return  # gradients are not in the checkpoint
+        if stopping:
             self._save_and_leave(trainer)
+        if self.every_steps and step % self.every_steps == 0:
+            trainer.save_checkpoint(self.run / LAST)
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        if self.stopping:
+        if self._is_stopping(trainer):
             self._save_and_leave(trainer)
         trainer.save_checkpoint(self.run / LAST)
 
@@ -141,6 +163,10 @@ class SaveState(Callback):
             raise _Stop
         self.stopping = True
         console.say("stopping after this step or evaluation; press Ctrl-C again to stop at once")
+
+    def _is_stopping(self, trainer: lightning.Trainer) -> bool:
+        """Whether any process was told to stop: all have to leave at the same step."""
+        return trainer.strategy.reduce_boolean_decision(self.stopping, all=False)
 
     def _save_and_leave(self, trainer: lightning.Trainer) -> None:
         trainer.save_checkpoint(self.run / LAST)
@@ -170,28 +196,50 @@ class CheckpointFiles(TorchCheckpointIO):
 
 
 class EstimateBatchNorm(Callback):
-    """Averages the BatchNorm statistics over ``loader`` before each evaluation, as EfficientViT's recipe does."""
+    """Before each evaluation, the BatchNorm statistics of what is evaluated are the averages over ``loader``.
 
-    def __init__(self, loader: Iterable[tuple[Tensor, Tensor]], model: nn.Module, seed: int) -> None:
+    This is EfficientViT's recipe: means and variances of batches of training images, augmented but not mixed, averaged
+    over batches and processes. Everything but the BatchNorms is in evaluation mode. They stay in the moving average of
+    the weights, if there is one; the trained weights beside it then get their running statistics back.
+    """
+
+    def __init__(self, loader: Iterable[tuple[Tensor, Tensor]]) -> None:
         self.loader = loader
-        self.model = model
-        self.seed = seed
+        self.running: dict[str, Tensor] = {}
 
     @torch.no_grad()
     def on_validation_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        assert isinstance(pl_module, Task)
         pl_module.train()
-        norms = [m for m in self.model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training]
+        names = [name for name, norm in batch_norms(pl_module.model).items() if norm.training]
+        pl_module.eval()
+        if pl_module.ema is not None:
+            self.running = {name: buffer.clone() for name, buffer in pl_module.model.named_buffers()}
+        networks = pl_module.networks.values()
+        norms: list[Any] = [network.get_submodule(name) for network in networks for name in names]
         momenta = [norm.momentum for norm in norms]
         for norm in norms:
             norm.reset_running_stats()
             norm.momentum = None  # the average over all batches
-        with trainer.precision_plugin.forward_context():
-            for batch_idx, (images, _) in enumerate(self.loader):
-                seed_everywhere(self.seed, trainer.current_epoch, batch_idx)
-                self.model(images.to(pl_module.device).contiguous(memory_format=torch.channels_last))
+            norm.train()
+        with trainer.precision_plugin.val_step_context():
+            for images, _ in self.loader:
+                images = images.to(pl_module.device).contiguous(memory_format=torch.channels_last)
+                for network in networks:
+                    network.forward(images)
         for norm, momentum in zip(norms, momenta, strict=True):
+            norm.eval()
             norm.momentum = momentum
-        pl_module.eval()
+            for statistics in (norm.running_mean, norm.running_var):
+                statistics.copy_(trainer.strategy.reduce(statistics, reduce_op="mean"))
+
+    @torch.no_grad()
+    def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        assert isinstance(pl_module, Task)
+        buffers = dict(pl_module.model.named_buffers())
+        for name, before in self.running.items():
+            buffers[name].copy_(before)
+        self.running = {}
 
 
 class History(Callback):
@@ -218,7 +266,8 @@ class History(Callback):
         writer = csv.DictWriter(text, names, lineterminator="\n")
         writer.writeheader()
         writer.writerows(self.rows)
-        write_text(self.path, text.getvalue())
+        if trainer.is_global_zero:
+            write_text(self.path, text.getvalue())
 
     def lap(self) -> float:
         """Seconds of training so far, those before an interruption included."""
@@ -250,7 +299,7 @@ class EpochLines(Callback):
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         row, num_epochs, seconds = self.history.rows[-1], trainer.max_epochs or 0, self.history.lap()
         epoch = round(row["epoch"])
-        values = "  ".join(text.format(row[name]) for name, text in self.columns.items())
+        values = "  ".join(text.format(row[name]) for name, text in self.columns.items() if name in row)
         left = seconds / epoch * (num_epochs - epoch)
         console.say(f"epoch {epoch}/{num_epochs}  {values}  ({seconds:.0f} s, about {left:.0f} s to go)")
 

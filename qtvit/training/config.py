@@ -27,10 +27,12 @@ class OptimConfig:
     """Optimiser, schedule and loss.
 
     Args:
+        loss: ce, softmax cross-entropy, or bce, binary cross-entropy of every class on its own, as in the paper.
         weight_decay: of AdamW; not applied to norms and biases.
         betas: of AdamW.
         warmup_epochs: epochs over which the learning rate rises linearly, the first of ``epochs`` (at most
             half of them); then it falls along a cosine.
+        drop_path_ramp: let the model's drop_path_rate rise linearly from 0 after the warm-up to its value at the end.
         grad_clip: largest absolute value of a gradient entry; null to not clip.
         label_smoothing: probability mass spread over all classes.
         layer_decay: factor of the learning rate from each block to the one before it; 1 for the same in all, about 0.8
@@ -38,9 +40,11 @@ class OptimConfig:
         class_weights: balanced to weigh the loss of each class by the inverse of its number of training images.
     """
 
+    loss: Literal["ce", "bce"] = "ce"
     weight_decay: float = 0.05
     betas: tuple[float, float] = (0.9, 0.999)
     warmup_epochs: float = 1.0
+    drop_path_ramp: bool = False
     grad_clip: float | None = 2.0
     label_smoothing: float = 0.1
     layer_decay: float = 1.0
@@ -68,8 +72,12 @@ class AugmentConfig:
         vflip: probability of a vertical flip.
         color_jitter: strength of brightness, contrast and saturation jitter; without effect beside auto_augment.
         auto_augment: timm's augmentation string, such as rand-m9-mstd0.5-inc1; null for none.
-        interpolation: of the resize.
+        interpolation: of the resize; random for any of the others.
         random_erasing: probability of erasing a rectangle.
+        train_sizes: sizes (as img_size) of training images, of which each batch draws one; empty for img_size alone.
+        mixup: probability that a batch is mixed by MixUp.
+        cutmix: probability that a batch is mixed by CutMix (and not by MixUp).
+        mix_alpha: a of the Beta(a, a) that both draw their ratio from, once a batch.
     """
 
     scale: tuple[float, float] = (0.35, 1.0)
@@ -80,13 +88,50 @@ class AugmentConfig:
     auto_augment: str | None = None
     interpolation: Literal["random", "nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"] = "random"
     random_erasing: float = 0.0
+    train_sizes: list[int | str] = field(default_factory=list)
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    mix_alpha: float = 0.2
 
     def __post_init__(self) -> None:
         _require(0 < self.scale[0] <= self.scale[1] <= 1, "augment.scale", self.scale, "0 < min <= max <= 1")
         _require(0 < self.ratio[0] <= self.ratio[1], "augment.ratio", self.ratio, "0 < min <= max")
         _require(self.color_jitter >= 0, "augment.color_jitter", self.color_jitter, "0 or more")
-        for name in ("hflip", "vflip", "random_erasing"):
+        for name in ("hflip", "vflip", "random_erasing", "mixup", "cutmix"):
             _require(0 <= getattr(self, name) <= 1, f"augment.{name}", getattr(self, name), "a probability from 0 to 1")
+        both = self.mixup + self.cutmix
+        _require(both <= 1, "augment.cutmix", self.cutmix, f"at most {1 - self.mixup:g} beside mixup {self.mixup:g}")
+        _require(self.mix_alpha > 0, "augment.mix_alpha", self.mix_alpha, "more than 0")
+        self.train_shapes()
+
+    def train_shapes(self) -> list[tuple[int, int]]:
+        """``train_sizes`` as (H, W)."""
+        return [parse_size(size, "--augment.train-sizes") for size in self.train_sizes]
+
+
+@dataclass
+class EmaConfig:
+    """Exponential moving average of the weights: if there is one, it is what is evaluated and saved.
+
+    Args:
+        decay: part of the average that a step keeps; 0 for no average.
+        warmup_steps: the decay at step t is decay * (1 - exp(-t / warmup_steps)).
+        mesa_ratio: weight of a second loss whose targets are what the average says of the same images (MESA); 0 for
+            none.
+        mesa_start: part of the training after the warm-up from which MESA is on.
+    """
+
+    decay: float = 0.0
+    warmup_steps: int = 4000
+    mesa_ratio: float = 0.0
+    mesa_start: float = 0.25
+
+    def __post_init__(self) -> None:
+        _require(0 <= self.decay < 1, "ema.decay", self.decay, "from 0 to below 1")
+        _require(self.warmup_steps >= 0, "ema.warmup_steps", self.warmup_steps, "0 or more")
+        _require(self.mesa_ratio >= 0, "ema.mesa_ratio", self.mesa_ratio, "0 or more")
+        _require(0 <= self.mesa_start <= 1, "ema.mesa_start", self.mesa_start, "from 0 to 1")
+        _require(self.mesa_ratio == 0 or self.decay > 0, "ema.mesa_ratio", self.mesa_ratio, "0 without an ema.decay")
 
 
 @dataclass
@@ -100,29 +145,38 @@ class TrainConfig:
             else qtvit_1.
         img_size: side of the training and evaluation images, or HEIGHTxWIDTH such as 160x256; default: the
             checkpoint's or the model's own.
-        epochs: passes over the training images.
-        batch_size: images per step.
-        lr: peak learning rate.
+        epochs: passes over the training images, warm-up included.
+        batch_size: images per step and device.
+        lr: peak learning rate per device: it is multiplied by the number of devices.
         checkpoint: run folder or model file to start from; default: random weights.
         resume: run folder whose training is to go on where it stopped; its own settings apply, but for data, device,
             num_workers and num_threads.
+        checkpoint_every_steps: steps after which the training state is saved within an epoch too; null for its end
+            alone.
         freeze: backbone to train the classifier's head alone, stages=N to keep the first N stages as they are.
+        freeze_bn: keep the BatchNorm statistics of the checkpoint.
         early_stopping: epochs without a better held-out top-1 after which training ends; null for never.
         output: run folder to create; default: runs/MODEL-DATA, numbered when taken.
         seed: of the split, the initial weights and the augmentation.
         device: auto, cpu, cuda, cuda:1, mps.
         precision: arithmetic of the training step.
+        accumulate: batches whose gradients are added up before a step.
+        grad_checkpointing: keep less of the forward pass and compute it again in the backward pass.
+        compile: run the training step through torch.compile.
+        sync_bn: BatchNorm statistics over all GPUs, not of each one's own images.
         num_workers: processes that load images; default: one per core less one, at most 8, and none for the digits.
         num_threads: CPU threads of the network; default: the cores that num_workers leaves (threads and workers that
             share cores slow each other down many times over).
         bn_images: training images on which the BatchNorm statistics are estimated anew before each evaluation, as the
             running averages lag far behind a fast-learning network; 0 to keep the running averages.
+        bn_batch_size: images per batch and device in that estimation; default: batch_size.
         on_bad_image: stop at an image that cannot be read, or skip all of those (then all are read once, first).
         val_fraction: part of each class held out when the data has no val folder.
         crop_pct: part of the image's shorter side that evaluation sees; default: the model's own.
         model_args: further arguments of the model, such as {kernel: taylor2_paper, drop_path_rate: 0.1}.
         optim: optimiser, schedule and loss.
         augment: augmentation of training images.
+        ema: moving average of the weights.
     """
 
     data: str
@@ -133,35 +187,38 @@ class TrainConfig:
     lr: float = 1e-3
     checkpoint: str | None = None
     resume: str | None = None
+    checkpoint_every_steps: int | None = None
     freeze: str | None = None
+    freeze_bn: bool = False
     early_stopping: int | None = None
     output: str | None = None
     seed: int = 0
     device: str = "auto"
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
+    accumulate: int = 1
+    grad_checkpointing: bool = False
+    compile: bool = False
+    sync_bn: bool = False
     num_workers: int | None = None
     num_threads: int | None = None
     bn_images: int = 2048
+    bn_batch_size: int | None = None
     on_bad_image: Literal["stop", "skip"] = "stop"
     val_fraction: float = 0.2
     crop_pct: float | None = None
     model_args: dict[str, Any] = field(default_factory=dict)
     optim: OptimConfig = field(default_factory=OptimConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
+    ema: EmaConfig = field(default_factory=EmaConfig)
 
     def __post_init__(self) -> None:
-        _require(self.epochs >= 1, "epochs", self.epochs, "1 or more")
-        _require(self.batch_size >= 1, "batch_size", self.batch_size, "1 or more")
+        from_1 = ("epochs", "batch_size", "accumulate", "num_threads", "bn_batch_size", "early_stopping")
+        for name in (*from_1, "checkpoint_every_steps", "seed", "num_workers", "bn_images"):
+            value, least = getattr(self, name), 0 if name in ("seed", "num_workers", "bn_images") else 1
+            _require(value is None or value >= least, name, value, f"{least} or more")
         _require(self.lr > 0, "lr", self.lr, "more than 0")
-        _require(self.seed >= 0, "seed", self.seed, "0 or more")
         _require(0 < self.val_fraction < 1, "val_fraction", self.val_fraction, "between 0 and 1")
         _require(self.crop_pct is None or 0 < self.crop_pct <= 1, "crop_pct", self.crop_pct, "above 0, at most 1")
-        _require(self.num_workers is None or self.num_workers >= 0, "num_workers", self.num_workers, "0 or more")
-        _require(self.num_threads is None or self.num_threads >= 1, "num_threads", self.num_threads, "1 or more")
-        _require(self.bn_images >= 0, "bn_images", self.bn_images, "0 or more")
-        _require(
-            self.early_stopping is None or self.early_stopping >= 1, "early_stopping", self.early_stopping, "1 or more"
-        )
         _require(
             self.freeze is None or re.fullmatch(r"backbone|stages=[1-9]\d*", self.freeze) is not None,
             "freeze",
@@ -217,9 +274,9 @@ def save_config(config: TrainConfig, path: Path) -> None:
 
 
 def recipe_names() -> list[str]:
-    """Names of the recipes that come with qtvit."""
-    root = resources.files("qtvit") / "recipes"
-    return sorted(str(path.relative_to(str(root)).with_suffix("")) for path in Path(str(root)).rglob("*.yaml"))
+    """Names of the recipes that come with qtvit, without the parts that several share (``_base``)."""
+    root = Path(str(resources.files("qtvit") / "recipes"))
+    return sorted(path.relative_to(root).with_suffix("").as_posix() for path in root.rglob("[!_]*.yaml"))
 
 
 def train_config(**options: Any) -> TrainConfig:
@@ -257,9 +314,9 @@ def _resumed(argv: list[str], given: list[str]) -> list[str]:
 
 
 def _recipe_first(argv: list[str]) -> list[str]:
-    """``argv`` with its checked recipe as a path, in front, where jsonargparse lets everything else override it."""
+    """``argv`` with the content of its recipe in front, where jsonargparse lets everything else override it."""
     name, rest = _take(argv, "--recipe")
-    return rest if name is None else ["--recipe", str(_checked_recipe(name)), *rest]
+    return rest if name is None else ["--recipe", json.dumps(_read_recipe(_recipe_path(name))), *rest]
 
 
 def _take(argv: list[str], option: str) -> tuple[str | None, list[str]]:
@@ -277,16 +334,17 @@ def _take(argv: list[str], option: str) -> tuple[str | None, list[str]]:
     return value, rest
 
 
-def _recipe_path(name: str) -> Path:
+def _recipe_path(name: str, beside: Path | None = None) -> Path:
+    """The file of a recipe of ours, or the one that ``name`` is the path of, relative to the folder ``beside``."""
     if Path(name).suffix in (".yaml", ".yml"):
-        return Path(name)
+        return (beside or Path()) / name
     if name not in recipe_names():
         raise unknown_name("recipe", name, recipe_names())
     return Path(str(resources.files("qtvit") / "recipes" / f"{name}.yaml"))
 
 
-def _checked_recipe(name: str) -> Path:
-    path = _recipe_path(name)
+def _read_recipe(path: Path) -> dict[str, Any]:
+    """The values in a recipe file, laid over those of the recipe that its key ``base`` names."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such recipe file")
     try:
@@ -295,13 +353,22 @@ def _checked_recipe(name: str) -> Path:
         raise ValueError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path}: a recipe is a mapping of names to values")
+    base = content.pop("base", None)
     known = _dotted_names(TrainConfig)
     for key, value in content.items():
         group = value if isinstance(value, dict) and key != "model_args" else {}
         for name in (str(key), *(f"{key}.{name}" for name in group)):
             if name not in known:
-                raise ValueError(f"{path}: {unknown_name('key', name, known)}")
-    return path
+                raise ValueError(f"{path}: {unknown_name('key', name, [*known, 'base'])}")
+    if base is None:
+        return content
+    below = _recipe_path(str(base), path.parent)
+    if below == path:
+        raise ValueError(f"{path}: its base is itself")
+    merged = _read_recipe(below)
+    for key, value in content.items():
+        merged[key] = {**merged[key], **value} if isinstance(value, dict) and key in merged else value
+    return merged
 
 
 def _dotted_names(config: type) -> list[str]:

@@ -8,7 +8,7 @@ import shutil
 import signal
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,10 +21,12 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from qtvit import console
 from qtvit.checkpoints import BEST
+from qtvit.device import processes
 from qtvit.files import open_folder
 
 from .callbacks import LAST, PREVIOUS, CheckpointFiles, ProgressBar
 from .config import TrainConfig
+from .finite import BAD_BATCH
 
 
 def create_run_folder(output: str | None, default_name: str) -> Path:
@@ -65,31 +67,47 @@ def set_threads(num_threads: int | None, num_workers: int) -> None:
         torch.set_num_threads(num_threads or max(num_cores() - num_workers, 1))
 
 
+def check_device(config: TrainConfig, device: torch.device) -> None:
+    """ValueError for options that ``device`` cannot do."""
+    if device.type != "cuda":
+        if config.precision == "16-mixed":
+            raise ValueError("--precision 16-mixed needs a GPU; on the CPU use bf16-mixed or 32-true")
+        if config.sync_bn:
+            raise ValueError("--sync-bn needs GPUs; torch has no synchronised BatchNorm for the CPU")
+    if device.index is not None and processes()[1] > 1:
+        raise ValueError(f"--device {device} under torchrun: each process has its own; give --device {device.type}")
+
+
 @contextmanager
-def lock_run(run: Path) -> Iterator[None]:
-    """The run folder for this process alone.
+def open_run(config: TrainConfig, default_name: str) -> Iterator[Path]:
+    """The run folder, new or that of ``config.resume``, for this run alone. Only the first process makes and locks it.
 
     Raises:
-        ValueError: another process trains in it.
+        ValueError: another run has it, or ``config.output`` exists.
+        OSError: it cannot be written to.
     """
+    if processes()[0] > 0:
+        yield Path(config.resume or config.output or "runs")
+        return
+    run = Path(config.resume) if config.resume else create_run_folder(config.output, default_name)
     lock = FileLock(run / ".lock")
     try:
         lock.acquire(timeout=0)
     except Timeout:
         raise ValueError(f"{run}: another process is training in this run folder") from None
     try:
-        yield
+        yield run
     finally:
         lock.release()
 
 
 @contextmanager
-def clean_up(run: Path) -> Iterator[None]:
+def clean_up(run: Path, keep: Sequence[str] = (LAST, BEST, BAD_BATCH)) -> Iterator[None]:
     """After an error before anything worth keeping is saved, the run folder is removed: nothing can go on from it."""
     try:
         yield
-    except Exception:
-        if not any((run / name).exists() for name in (LAST, BEST)):
+    except BaseException:
+        if processes()[0] == 0 and not any((run / name).exists() for name in keep):
             shutil.rmtree(run, ignore_errors=True)
         raise
 
@@ -99,21 +117,30 @@ def ignore_interrupts(worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def find_state(run: Path) -> tuple[Path, dict[str, Any]]:
+def find_state(run: Path, world_size: int = 1) -> tuple[Path | None, dict[str, Any]]:
     """The newest undamaged training state in ``run``: its file and the description that `SaveState` put there.
 
+    A run that was killed before it saved anything has none, and starts from the beginning: (None, {}).
+
     Raises:
-        FileNotFoundError: there is none.
-        ValueError: all that are there are damaged.
+        ValueError: all states that are there are damaged, or of another number of processes.
     """
     found = [run / name for name in (LAST, PREVIOUS) if (run / name).is_file()]
     if not found:
-        raise FileNotFoundError(f"{run}: no {LAST} in this folder, so no run can go on from there")
+        console.say(f"{run}: no {LAST} in this folder; starting from the beginning")
+        return None, {}
     for path in found:
         try:
-            return path, CheckpointFiles().load_checkpoint(path)["qtvit"]
+            description = CheckpointFiles().load_checkpoint(path)["qtvit"]
         except Exception as error:  # torch raises nearly anything for a damaged file
             console.say(f"{path} is damaged ({type(error).__name__}); trying the checkpoint before it")
+            continue
+        if description["world_size"] != world_size:
+            raise ValueError(
+                f"{run} was training in {description['world_size']} processes, not {world_size}; "
+                f"torchrun --nproc-per-node sets their number"
+            )
+        return path, description
     raise ValueError(f"{run}: {' and '.join(path.name for path in found)} cannot be read")
 
 
@@ -122,12 +149,18 @@ def build_trainer(
 ) -> lightning.Trainer:
     """Lightning's trainer with logs, checkpoints and progress in ``run``."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    for known in ("does not have many workers", "exists and is not empty", "LeafSpec", "not resumable", "in eval mode"):
+    lightnings = ("does not have many workers", "exists and is not empty", "LeafSpec", "not resumable", "in eval mode")
+    for known in (*lightnings, "sync_dist=True", "all_gather is deprecated"):
         warnings.filterwarnings("ignore", message=f".*{known}")
     interactive = sys.stderr.isatty() and not console.is_quiet()
+    world_size, local = processes()[1], int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     return lightning.Trainer(
         accelerator=device.type,
-        devices=1 if device.index is None else [device.index],
+        devices=local if device.index is None else [device.index],
+        num_nodes=world_size // local,
+        strategy="ddp" if world_size > 1 else "auto",
+        sync_batchnorm=config.sync_bn,
+        accumulate_grad_batches=config.accumulate,
         precision=config.precision,
         max_epochs=config.epochs,
         gradient_clip_val=config.optim.grad_clip,

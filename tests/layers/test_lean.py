@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
 
+from qtvit.bench.train import bytes_kept
 from qtvit.layers import ConvNormAct, ConvPair, DSConv, FusedMBConv, MBConv, lean
 from qtvit.models import Architecture, QTViT
 
@@ -19,21 +19,6 @@ BLOCKS = {
     "mb, fewer norm": lambda act: MBConv(6, 6, fewer_norm=True, norm_eps=1e-5, act=act),
     "fused": lambda act: FusedMBConv(6, 6, norm_eps=1e-5, act=act),
 }
-
-
-def bytes_kept(run: Callable[[], Tensor], module: nn.Module) -> int:
-    """Bytes that autograd keeps after ``run``, parameters and buffers aside."""
-    own = {t.untyped_storage().data_ptr() for t in (*module.parameters(), *module.buffers())}
-    kept: dict[int, Tensor] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        kept[tensor.untyped_storage().data_ptr()] = tensor
-        return tensor
-
-    with saved_tensors_hooks(pack, lambda tensor: tensor):
-        out = run()
-    assert out.requires_grad
-    return sum(tensor.untyped_storage().nbytes() for pointer, tensor in kept.items() if pointer not in own)
 
 
 def results(module: nn.Module, x: Tensor, dtype: torch.dtype | None = None) -> list[Tensor]:

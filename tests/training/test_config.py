@@ -38,6 +38,48 @@ def test_shipped_recipes_parse_and_say_their_command(name: str) -> None:
     parse_config(["--recipe", name, "--data", "d"])
 
 
+def test_a_recipe_lies_over_its_base(tmp_path: Path) -> None:
+    (tmp_path / "low.yaml").write_text("{epochs: 7, lr: 0.5, optim: {weight_decay: 0.3, loss: bce}}")
+    (tmp_path / "mine.yaml").write_text("{base: low.yaml, lr: 0.1, optim: {loss: ce}, augment: {hflip: 0.2}}")
+    config = parse_config(["--recipe", str(tmp_path / "mine.yaml"), "--data", "d", "--epochs", "9"])
+    assert (config.epochs, config.lr, config.augment.hflip) == (9, 0.1, 0.2)
+    assert (config.optim.weight_decay, config.optim.loss) == (0.3, "ce")
+    (tmp_path / "other.yaml").write_text("base: quickstart")
+    assert parse_config(["--recipe", str(tmp_path / "other.yaml")]).data == "digits"
+
+
+# Number: RandAugment n, m; mixing a; drop path, skipped; erasing; MESA start, ratio; crop. PAPER's table.
+IMAGENET = {
+    1: (1, 3, 0.1, 0.05, 0, 0.0, 0.0, 0.95),
+    2: (1, 3, 0.1, 0.05, 0, 0.0, 0.0, 1.0),
+    3: (2, 6, 0.3, 0.1, 0, 0.0, 0.0, 1.0),
+    4: (2, 5, 0.2, 0.1, 2, 0.2, 2.0, 1.0),
+    5: (2, 5, 0.4, 0.1, 3, 0.2, 2.75, 1.0),
+    6: (2, 6, 0.6, 0.1, 3, 0.2, 3.5, 1.0),
+}
+
+
+@pytest.mark.parametrize("number", IMAGENET)
+def test_imagenet_recipes_are_the_published_ones(number: int) -> None:
+    n, m, alpha, drop_path, skip, erasing, mesa, crop = IMAGENET[number]
+    config = parse_config(["--recipe", f"imagenet/qtvit_{number}", "--data", "d"])
+    optim, augment, ema = config.optim, config.augment, config.ema
+    assert (config.model, config.crop_pct, config.img_size) == (f"qtvit_{number}", crop, 224)
+    assert (config.epochs, config.batch_size, config.lr) == (320, 128, 0.00025 if number < 4 else 0.00015)
+    assert (config.bn_images, config.bn_batch_size) == (16000, 100)
+    assert config.model_args.get("drop_path_rate") == drop_path
+    assert config.model_args.get("drop_path_skip", 0) == skip
+    assert (optim.loss, optim.weight_decay, optim.betas, optim.warmup_epochs) == ("bce", 0.1, (0.9, 0.999), 20)
+    assert (optim.grad_clip, optim.label_smoothing, optim.drop_path_ramp) == (2.0, 0.1, True)
+    assert augment.auto_augment == f"rand-n{n}-m{m}-mstd1.0-inc1"
+    assert (augment.mixup, augment.cutmix, augment.mix_alpha) == (0.5, 0.5, alpha)
+    assert (augment.scale, augment.hflip, augment.interpolation) == ((0.08, 1.0), 0.5, "random")
+    assert (augment.random_erasing, augment.color_jitter) == (erasing, 0.0)
+    assert augment.train_sizes == [128, 160, 192, 224]
+    assert (ema.decay, ema.warmup_steps, ema.mesa_ratio) == (0.9998, 4000, mesa)
+    assert mesa == 0 or ema.mesa_start == 0.25
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
@@ -56,6 +98,18 @@ def test_shipped_recipes_parse_and_say_their_command(name: str) -> None:
         (["--augment.scale", "[0, 1]"], "--augment.scale must be 0 < min"),
         (["--optim.label-smoothing", "1"], "--optim.label-smoothing must be"),
         (["--recipe", "quikstart"], "unknown recipe 'quikstart'; did you mean quickstart"),
+        (["--optim.loss", "mse"], "--optim.loss: Expected a Literal"),
+        (
+            ["--augment.mixup", "0.7", "--augment.cutmix", "0.5"],
+            "--augment.cutmix must be at most 0.3 beside mixup 0.7",
+        ),
+        (["--augment.mix-alpha", "0"], "--augment.mix-alpha must be more than 0"),
+        (["--augment.train-sizes", "[128, abc]"], "--augment.train-sizes must be a side"),
+        (["--ema.decay", "1"], "--ema.decay must be from 0 to below 1"),
+        (["--ema.mesa-ratio", "2"], "--ema.mesa-ratio must be 0 without an ema.decay"),
+        (["--accumulate", "0"], "--accumulate must be 1 or more"),
+        (["--checkpoint-every-steps", "0"], "--checkpoint-every-steps must be 1 or more, got 0"),
+        (["--num-threads", "0"], "--num-threads must be 1 or more, got 0"),
         (["stray"], "unrecognized arguments: stray"),
     ],
 )
@@ -72,6 +126,8 @@ def test_mistakes_on_the_command_line(argv: list[str], message: str) -> None:
         ({"optim": {"weight_decai": 1}}, "unknown key 'optim.weight_decai'; did you mean optim.weight_decay"),
         ({"lr": "abc"}, "lr: Expected a float"),
         ([1], "a recipe is a mapping"),
+        ({"base": "mine.yaml"}, "mine.yaml: its base is itself"),
+        ({"base": "quikstart"}, "unknown recipe 'quikstart'; did you mean quickstart"),
     ],
 )
 def test_mistakes_in_a_recipe(tmp_path: Path, content: object, message: str) -> None:

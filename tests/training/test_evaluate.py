@@ -10,8 +10,8 @@ from torch import nn
 from torchmetrics.functional.classification import multiclass_calibration_error
 
 from qtvit.models import build_model
-from qtvit.training.classify import parameter_groups, warmup_cosine
 from qtvit.training.evaluate import ClassScores, Evaluation
+from qtvit.training.optim import parameter_groups, warmup_cosine
 from qtvit.training.plots import plot_calibration, plot_confusion, plot_mistakes
 from qtvit.training.report import class_table, headline, write_report
 

@@ -139,6 +139,16 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(
     assert "last.ckpt and previous.ckpt cannot be read" in capsys.readouterr().err
 
 
+def test_a_run_that_saved_nothing_starts_from_the_beginning(
+    tmp_path: Path, uninterrupted: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "run").mkdir()
+    shutil.copy(uninterrupted / "config.yaml", tmp_path / "run")
+    assert main(["train", "classify", "--resume", str(tmp_path / "run")]) == 0
+    assert "no last.ckpt in this folder; starting from the beginning" in capsys.readouterr().out
+    same_end(tmp_path / "run", uninterrupted)
+
+
 def test_a_run_without_its_report_gets_it(photos: Path, tmp_path: Path, uninterrupted: Path) -> None:
     shutil.copytree(uninterrupted, tmp_path / "run")
     for name in ("summary.json", "scores.json", "curves.png"):
@@ -178,12 +188,9 @@ def test_loader_processes_leave_ctrl_c_to_the_run() -> None:
 
 
 def test_mistakes(uninterrupted: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "no state").mkdir()
-    (tmp_path / "no state" / "config.yaml").write_bytes((uninterrupted / "config.yaml").read_bytes())
     for argv, message in [
         (["--resume", str(uninterrupted)], "is finished; --checkpoint"),
         (["--resume", str(tmp_path)], "no config.yaml in this folder"),
-        (["--resume", str(tmp_path / "no state")], "no last.ckpt in this folder"),
         (["--resume", str(uninterrupted), "--epochs", "9"], "--epochs cannot change when a run goes on"),
         (["--resume"], "--resume needs a value"),
         ([f"--resume={uninterrupted}", "--optim.weight-decay=0"], "--optim.weight-decay cannot change"),

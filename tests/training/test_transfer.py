@@ -12,8 +12,9 @@ from torch import nn
 import qtvit
 from qtvit.checkpoints import load_model
 from qtvit.models import build_model
-from qtvit.training.classify import Classifier, class_weights, freeze, parameter_groups
+from qtvit.training.classify import Classifier, class_weights
 from qtvit.training.config import TrainConfig, parse_config, train_config
+from qtvit.training.optim import freeze, parameter_groups
 from qtvit_cli import main
 
 from .conftest import COLORS, draw

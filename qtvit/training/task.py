@@ -1,0 +1,109 @@
+"""What the training of every task shares: the network, its moving average, optimiser, schedule and stochastic depth."""
+
+from typing import Any
+
+import lightning
+import timm.layers
+import torch
+from torch import Tensor, nn
+
+from qtvit.data.sampling import seed_everywhere
+from qtvit.layers import set_drop_path
+
+from .config import TrainConfig
+from .ema import MovingAverage
+from .optim import batch_norms, freeze, parameter_groups, warmup_cosine
+
+
+class Task(lightning.LightningModule):
+    """A network in training. A task adds ``training_step`` (which calls `count_loss`) and its evaluation.
+
+    Args:
+        model: the network.
+        config: of the run.
+    """
+
+    def __init__(self, model: nn.Module, config: TrainConfig) -> None:
+        super().__init__()
+        self.model = model
+        self.config = config
+        self.ema = MovingAverage(model, config.ema.decay, config.ema.warmup_steps) if config.ema.decay else None
+        self.loss_sum = torch.zeros(2)  # of this process: loss times images, and images; no buffer, DDP would share it
+        self.num_backoffs = 0
+        self.num_steps = self.num_warmup = 1
+        self.frozen = freeze(model, config.freeze)
+        if config.freeze_bn:
+            self.frozen += batch_norms(model).values()
+        if config.optim.drop_path_ramp and any(isinstance(m, timm.layers.DropPath) for m in model.modules()):
+            raise ValueError(f"--optim.drop-path-ramp: the rates of {type(model).__name__} are fixed; qtvit's can rise")
+        if config.grad_checkpointing:
+            _checkpoint_gradients(model)
+        if config.compile:
+            model.compile(dynamic=False)  # a graph for each image size
+        self.train()
+
+    def train(self, mode: bool = True) -> "Task":
+        super().train(mode)
+        for module in self.frozen:
+            module.eval()
+        return self
+
+    @property
+    def networks(self) -> dict[str, nn.Module]:
+        """What is evaluated, by the prefix of its scores: the moving average if there is one, then raw_ the rest."""
+        return {"": self.model} if self.ema is None else {"": self.ema.module, "raw_": self.model}
+
+    @property
+    def progress(self) -> float:
+        """The part of the training after the warm-up that is done; 0 in the warm-up."""
+        return max(self.global_step - self.num_warmup, 0) / max(self.num_steps - self.num_warmup, 1)
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        seed_everywhere(self.config.seed, self.current_epoch, batch_idx, self.global_rank)
+        if self.config.optim.drop_path_ramp:
+            set_drop_path(self.model, self.progress)
+
+    def count_loss(self, loss: Tensor, num_images: int) -> None:
+        """Take the loss of a step into the mean of the epoch."""
+        counted = torch.stack([loss.detach() * num_images, loss.new_tensor(num_images)])
+        self.loss_sum = self.loss_sum.to(loss.device) + counted.float()
+        self.log("loss", loss.detach(), prog_bar=True, logger=False)
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        super().optimizer_step(*args, **kwargs)
+        if self.ema is not None:
+            self.ema.update_parameters(self.model)
+
+    def on_validation_epoch_end(self) -> None:
+        total = self.trainer.strategy.reduce(self.loss_sum, reduce_op="sum")
+        self.log("train/loss", total[0] / total[1])
+        self.log("lr", self.trainer.optimizers[0].param_groups[-1]["lr"])
+        if self.config.precision == "16-mixed":
+            self.log("train/backoffs", float(self.num_backoffs))
+        self.loss_sum = torch.zeros_like(self.loss_sum)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        gathered: Any = self.all_gather(self.loss_sum)  # of every process, so that each finds its own
+        checkpoint["task"] = {"loss_sums": gathered.reshape(-1, 2).cpu(), "num_backoffs": self.num_backoffs}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.loss_sum = checkpoint["task"]["loss_sums"][self.global_rank]
+        self.num_backoffs = checkpoint["task"]["num_backoffs"]
+
+    def configure_optimizers(self) -> Any:
+        config, optim = self.config, self.config.optim
+        lr = config.lr * self.trainer.world_size
+        groups = parameter_groups(self.model, lr, optim.weight_decay, optim.layer_decay)
+        optimizer = torch.optim.AdamW(groups, lr=lr, betas=optim.betas)
+        self.num_steps = int(self.trainer.estimated_stepping_batches)
+        self.num_warmup = round(self.num_steps * min(optim.warmup_epochs / config.epochs, 0.5))
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: warmup_cosine(step, num_steps=self.num_steps, num_warmup=self.num_warmup)
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step", "name": "lr"}}
+
+
+def _checkpoint_gradients(model: Any) -> None:
+    if not hasattr(model, "set_grad_checkpointing"):
+        raise ValueError(f"--grad-checkpointing: {type(model).__name__} has no set_grad_checkpointing")
+    model.set_grad_checkpointing()
