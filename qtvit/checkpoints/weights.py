@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from qtvit.models import ARCHITECTURES, QTViT, build_model
-from qtvit.models.released import checkpoint_filter_fn
+from qtvit.models.released import rename_keys
 
 TORCH_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".tar")
 """Files that torch.save wrote; all others are taken for safetensors."""
@@ -55,7 +55,7 @@ def identify_model(state_dict: Mapping[str, Tensor]) -> tuple[str, dict[str, Any
     for name in ARCHITECTURES:
         with torch.device("meta"):
             model: Any = build_model(name)
-        shapes = _shapes(checkpoint_filter_fn(dict(state_dict), model))
+        shapes = _shapes(rename_keys(state_dict, model))
         model_args = _model_args(shapes, model)
         names = [key for key in model.state_dict() if model_args["num_classes"] or not key.startswith("head.fc.")]
         wrong = [f"{key} is missing" for key in names if key not in shapes]

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
+from torch.nn import functional as F
 
 if TYPE_CHECKING:
     from .qtvit import Architecture, QTViT
@@ -59,8 +60,16 @@ def _replace_prefix(name: str, table: Mapping[str, str]) -> str:
     raise ValueError(f"no released counterpart for {name!r}")
 
 
-def checkpoint_filter_fn(state_dict: dict[str, Any], model: QTViT) -> dict[str, Tensor]:
+def rename_keys(state_dict: Mapping[str, Any], model: QTViT) -> dict[str, Tensor]:
     """A state dict with our names from one with ours or with the release's; names that are neither stay as they are."""
-    state_dict = state_dict.get("state_dict", state_dict)
     ours = {released_name(key, model.cfg): key for key in model.state_dict()}
     return {ours.get(key, key): value for key, value in state_dict.items()}
+
+
+def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: QTViT) -> dict[str, Tensor]:
+    """What ``model`` can load of a checkpoint: our names, and positional maps resized to its own, as at run time."""
+    renamed = rename_keys(state_dict.get("state_dict", state_dict), model)
+    for key, own in model.state_dict().items():
+        if key.endswith("pos_embed") and key in renamed and renamed[key].shape[2:] != own.shape[2:]:
+            renamed[key] = F.interpolate(renamed[key].float(), size=own.shape[2:], mode="bicubic", align_corners=False)
+    return renamed
