@@ -118,6 +118,7 @@ class SaveState(Callback):
             signal.signal(signal.SIGINT, before)
 
     def on_train_epoch_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        self.last_step = trainer.global_step
         if trainer.current_epoch != self.batches.epoch:
             self.batches.go_to(trainer.current_epoch)
 
@@ -127,12 +128,12 @@ class SaveState(Callback):
         stopping = self._is_stopping(trainer)
         if batch_idx + 1 == len(self.batches):
             return  # the last step of an epoch belongs together with its evaluation
-        step = trainer.global_step
-        if trainer.fit_loop.epoch_loop._should_accumulate():
-            return  # gradients are not in the checkpoint
+        if trainer.global_step == self.last_step:
+            return  # gradients add up for the next step; they are not in the checkpoint
+        self.last_step = trainer.global_step
         if stopping:
             self._save_and_leave(trainer)
-        if self.every_steps and step % self.every_steps == 0:
+        if self.every_steps and self.last_step % self.every_steps == 0:
             trainer.save_checkpoint(self.run / LAST)
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
