@@ -1,0 +1,31 @@
+"""The examples of docs/data.md run."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from qtvit_cli import main
+
+PAGE = Path(__file__).parents[2] / "docs" / "data.md"
+
+
+def test_the_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 10), ("val", 2)):
+        for name in ("cat", "dog"):
+            (tmp_path / "photos" / split / name).mkdir(parents=True)
+            for i in range(count):
+                image = Image.fromarray(rng.integers(0, 256, (40, 50, 3), dtype=np.uint8))
+                image.save(tmp_path / "photos" / split / name / f"{i}.jpg")
+    text = PAGE.read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert len(blocks) == 3
+    for block in blocks:
+        exec(compile(block, str(PAGE), "exec"), {})
+    command = re.search(r"^qtvit (data check .*)$", text, re.MULTILINE)
+    assert command is not None
+    assert main(command[1].split()) == 0
