@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from qtvit.data.sampling import EpochBatches, SeededDataset, derived_seed, even_batches, fixed_keys
+from qtvit.data.sampling import EpochBatches, SeededDataset, derived_seed, even_batches, fixed_keys, seed_everywhere
 
 
 class Draws(Dataset[torch.Tensor]):
@@ -67,6 +67,16 @@ def test_every_number_matters_for_a_seed() -> None:
     seeds = {derived_seed(*numbers) for numbers in [(0,), (1,), (0, 1), (1, 0), (1, 1), (1, 2), (2, 1)]}
     assert len(seeds) == 7
     assert all(0 <= seed < 2**64 for seed in seeds)
+    assert derived_seed(3, 2**70) == derived_seed(np.int64(3), 2**70)  # the value matters, not its type
+
+
+def test_a_seed_fixes_every_generator() -> None:
+    drawn = []
+    for seed in (5, 6, 5):
+        seed_everywhere(seed)
+        drawn.append((random.random(), np.random.rand(), torch.rand(()).item()))
+    assert drawn[0] == drawn[2]
+    assert all(a != b for a, b in zip(drawn[0], drawn[1], strict=True))
 
 
 def test_fixed_keys_repeat() -> None:
