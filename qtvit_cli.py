@@ -107,7 +107,7 @@ def _parser() -> argparse.ArgumentParser:
     classify.set_defaults(command=train_classify)
 
     evaluation = commands.add_parser("eval", help="score a trained model on labelled images")
-    evaluation.add_argument("run", help="run folder or model file")
+    evaluation.add_argument("run", help="run folder, model file, or nano-cifar10, which comes with qtvit")
     evaluation.add_argument(
         "--data", required=True, help="folder of CLASS/*.jpg, folder with val/CLASS/*.jpg, or digits"
     )
@@ -126,7 +126,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluation.set_defaults(command=evaluate)
 
     prediction = commands.add_parser("predict", help="label images with a trained model")
-    prediction.add_argument("run", help="run folder or model file")
+    prediction.add_argument("run", help="run folder, model file, or nano-cifar10, which comes with qtvit")
     prediction.add_argument("images", nargs="+", help="image files, or folders of them")
     prediction.add_argument("--top-k", type=_positive, default=5, help="classes to show per image (default: 5)")
     prediction.add_argument("--batch-size", type=_positive, default=32)

@@ -13,8 +13,8 @@ from timm.data import ImageNetInfo, resolve_model_data_config
 from torch import Tensor, nn
 
 from qtvit.files import replacing
-from qtvit.models import build_model
-from qtvit.models.released import checkpoint_filter_fn
+from qtvit.models import SHIPPED_WEIGHTS, build_model
+from qtvit.models.released import rename_keys
 from qtvit.version import __version__
 
 from .weights import TORCH_SUFFIXES, identify_model, read_weights
@@ -72,7 +72,8 @@ def save_model(path: Path, state_dict: dict[str, Tensor], info: ModelInfo) -> No
 
 
 def load_model(path: str | Path, **model_args: Any) -> tuple[nn.Module, ModelInfo]:
-    """The model in ``path``, in evaluation mode on the CPU: a run folder, a model file, or weights of a model of ours.
+    """The model in ``path``, in evaluation mode on the CPU: a run folder, a model file, weights of a model of ours, or the
+    name of a model that comes with the package (nano-cifar10).
 
     ``model_args`` are added to those it was built with, or replace them.
 
@@ -81,6 +82,9 @@ def load_model(path: str | Path, **model_args: Any) -> tuple[nn.Module, ModelInf
         ValueError: it holds no model of ours, or its weights or classes do not fit its model.
     """
     path = Path(path)
+    shipped = SHIPPED_WEIGHTS / f"{path}.safetensors"
+    if not path.exists() and path.name == str(path) and shipped.is_file():
+        path = shipped
     if path.is_dir():
         if not (path / BEST).is_file():
             raise FileNotFoundError(
@@ -110,7 +114,8 @@ def read_model_file(path: Path) -> tuple[dict[str, Tensor], ModelInfo]:
         FileNotFoundError, ValueError: as `load_model`.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such run folder or model file")
+        names = ", ".join(sorted(file.stem for file in SHIPPED_WEIGHTS.glob("*.safetensors")))
+        raise FileNotFoundError(f"{path}: no such run folder or model file (with the package comes: {names})")
     metadata = None if path.suffix.lower() in TORCH_SUFFIXES else _metadata(path)
     state_dict = read_weights(path)
     if metadata is None:
@@ -143,4 +148,4 @@ def _describe(state_dict: dict[str, Tensor]) -> tuple[dict[str, Tensor], ModelIn
     cfg = resolve_model_data_config(model)
     preprocess = {name: cfg[name] for name in ("crop_pct", "interpolation", "mean", "std")}
     preprocess["size"] = list(model_args.get("img_size", cfg["input_size"][1:]))
-    return checkpoint_filter_fn(state_dict, model), ModelInfo(name, model_args, classes, preprocess)
+    return rename_keys(state_dict, model), ModelInfo(name, model_args, classes, preprocess)

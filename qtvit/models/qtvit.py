@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -449,6 +450,10 @@ PUBLISHED_ACCURACY: dict[str, tuple[float, float]] = {
 """ImageNet-1k top-1 and top-5 in percent at 224 px that the paper reports (Table 1); not reproduced here."""
 
 
+SHIPPED_WEIGHTS = Path(__file__).parent.parent / "weights"
+"""Folder of the model files that come with the package; `qtvit.checkpoints.load_model` takes their names."""
+
+
 def _cfg(side: int = 224, stride: int = 32, num_classes: int = 1000, crop_pct: float = 1.0) -> dict[str, Any]:
     return {
         "url": "",
@@ -467,7 +472,7 @@ def _cfg(side: int = 224, stride: int = 32, num_classes: int = 1000, crop_pct: f
 
 default_cfgs = generate_default_cfgs(
     {
-        "qtvit_nano": _cfg(32, 4, num_classes=10),
+        "qtvit_nano.cifar10": {**_cfg(32, 4, num_classes=10), "file": str(SHIPPED_WEIGHTS / "nano-cifar10.safetensors")},
         "qtvit_0": _cfg(crop_pct=0.95),
         "qtvit_1": _cfg(crop_pct=0.95),
         **{f"qtvit_{i}": _cfg() for i in range(2, 7)},
@@ -490,7 +495,7 @@ def _create_qtvit(variant: str, pretrained: bool, **kwargs: Any) -> QTViT:
 
 @register_model
 def qtvit_nano(pretrained: bool = False, **kwargs: Any) -> QTViT:
-    """For images of 32 to 64 px; not in the paper."""
+    """For images of 32 to 64 px; not in the paper. Pretrained on CIFAR-10."""
     return _create_qtvit("qtvit_nano", pretrained, **kwargs)
 
 
