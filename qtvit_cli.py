@@ -239,6 +239,7 @@ def evaluate(args: argparse.Namespace) -> None:
     from qtvit.checkpoints import BEST
     from qtvit.data import DIGITS, drop_broken
     from qtvit.deploy import Predictor
+    from qtvit.errors import some
     from qtvit.training.evaluate import evaluate as run_evaluation
     from qtvit.training.evaluate import held_out_samples
     from qtvit.training.report import class_table, headline, scores, write_report
@@ -260,7 +261,7 @@ def evaluate(args: argparse.Namespace) -> None:
     print(f"{headline(evaluation)}: {which}")
     absent = [row.label for row in evaluation.per_class() if row.num_images == 0]
     if absent:
-        console.say(f"no images of {len(absent)} of the {len(predictor.classes)} classes: {_some(absent)}")
+        console.say(f"no images of {len(absent)} of the {len(predictor.classes)} classes: {some(absent)}")
     for line in class_table(evaluation):
         console.result(line)
     about = {"run": args.run, "data": args.data, "images": which}
@@ -276,6 +277,7 @@ def predict(args: argparse.Namespace) -> None:
     from qtvit.data import open_image
     from qtvit.deploy import Predictor
     from qtvit.deploy.annotate import FolderWriter, SheetWriter, shorten
+    from qtvit.errors import some
 
     predictor = Predictor.load(args.run, args.device)
     files = _find_files(args.images)
@@ -307,16 +309,16 @@ def predict(args: argparse.Namespace) -> None:
         if writer:
             writer.add(open_image(file), files[file], prediction)
     if not rows:
-        raise ValueError(f"none of the {len(skipped)} images can be read: {_some(skipped)}")
+        raise ValueError(f"none of the {len(skipped)} images can be read: {some(skipped)}")
     if skipped:
-        console.say(f"skipped {len(skipped)} of {len(files)} images that cannot be read: {_some(skipped)}")
+        console.say(f"skipped {len(skipped)} of {len(files)} images that cannot be read: {some(skipped)}")
     if args.json:
         _write_json(args.json, rows)
     if args.csv:
         _write_predictions(args.csv, rows)
     if writer:
         writer.close()
-        print(f"written: {_some(writer.written)}")
+        print(f"written: {some(writer.written)}")
 
 
 def _find_files(names: Sequence[str]) -> dict[Path, Path]:
@@ -373,10 +375,6 @@ def _write_predictions(path: Path, rows: Sequence[dict[str, Any]]) -> None:
             writer.writerow([row["image"], rank, prediction["label"], f"{prediction['probability']:.6f}"])
     write_text(path, table.getvalue())
     print(f"written: {path}")
-
-
-def _some(names: Sequence[object]) -> str:
-    return ", ".join(map(str, names[:3])) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def bench_train(args: argparse.Namespace) -> None:

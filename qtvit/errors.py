@@ -4,9 +4,9 @@ import difflib
 from collections.abc import Iterable, Sequence
 
 
-def some(names: Sequence[str], limit: int = 5) -> str:
+def some(names: Sequence[object], limit: int = 5) -> str:
     """The first few of ``names``, each shortened, and how many there are more."""
-    shown = ", ".join(name if len(name) <= 40 else f"{name[:39]}…" for name in names[:limit])
+    shown = ", ".join(name if len(name) <= 80 else f"{name[:79]}…" for name in map(str, names[:limit]))
     return f"{shown} and {len(names) - limit} more" if len(names) > limit else shown
 
 

@@ -72,8 +72,8 @@ def save_model(path: Path, state_dict: dict[str, Tensor], info: ModelInfo) -> No
 
 
 def load_model(path: str | Path, **model_args: Any) -> tuple[nn.Module, ModelInfo]:
-    """The model in ``path``, in evaluation mode on the CPU: a run folder, a model file, weights of a model of ours, or the
-    name of a model that comes with the package (nano-cifar10).
+    """The model in ``path``, in evaluation mode on the CPU: a run folder, a model file, weights of a model of ours, or
+    the name of a model that comes with the package (nano-cifar10).
 
     ``model_args`` are added to those it was built with, or replace them.
 

@@ -11,6 +11,8 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from qtvit.errors import some
+
 from .images import (
     IMAGE_SUFFIXES,
     ImageFile,
@@ -130,7 +132,7 @@ def read_folders(root: Path) -> ImageFolders:
     val = _label(val_root, classes)
     present = {label for _, label in val}
     if absent := [name for label, name in enumerate(classes) if label not in present]:
-        raise ValueError(f"{val_root}: no folders for {_some(absent)}, which {train_root} has")
+        raise ValueError(f"{val_root}: no folders for {some(absent)}, which {train_root} has")
     return ImageFolders(classes, train_root, train, val_root, val)
 
 
@@ -177,8 +179,8 @@ def _label_of(folder: Path, found: Sequence[str], classes: Sequence[str]) -> dic
     label_of = {name: label for label, name in enumerate(classes)}
     if foreign := [name for name in found if name not in label_of]:
         raise ValueError(
-            f"{folder}: class folders that the model or train/ does not have: {_some(foreign)}; it has "
-            f"{_some(classes)}{_proposal(folder, found)}"
+            f"{folder}: class folders that the model or train/ does not have: {some(foreign)}; it has "
+            f"{some(classes)}{_proposal(folder, found)}"
         )
     return label_of
 
@@ -290,12 +292,8 @@ def class_folders(folder: Path) -> tuple[str, ...]:
 def _proposal(root: Path, classes: Sequence[str]) -> str:
     """The end of an error message if the real class folders seem to be one level further down."""
     if len(classes) == 1 and (below := class_folders(root / classes[0])):
-        return f" (did you mean {root / classes[0]}, with the folders {_some(below)}?)"
+        return f" (did you mean {root / classes[0]}, with the folders {some(below)}?)"
     return ""
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def _digits() -> tuple[tuple[str, ...], list[Sample]]:

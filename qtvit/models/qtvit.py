@@ -454,9 +454,12 @@ SHIPPED_WEIGHTS = Path(__file__).parent.parent / "weights"
 """Folder of the model files that come with the package; `qtvit.checkpoints.load_model` takes their names."""
 
 
-def _cfg(side: int = 224, stride: int = 32, num_classes: int = 1000, crop_pct: float = 1.0) -> dict[str, Any]:
+def _cfg(
+    side: int = 224, stride: int = 32, num_classes: int = 1000, crop_pct: float = 1.0, file: str | None = None
+) -> dict[str, Any]:
     return {
         "url": "",
+        "file": file,
         "num_classes": num_classes,
         "input_size": (3, side, side),
         "pool_size": (side // stride, side // stride),
@@ -472,7 +475,7 @@ def _cfg(side: int = 224, stride: int = 32, num_classes: int = 1000, crop_pct: f
 
 default_cfgs = generate_default_cfgs(
     {
-        "qtvit_nano.cifar10": {**_cfg(32, 4, num_classes=10), "file": str(SHIPPED_WEIGHTS / "nano-cifar10.safetensors")},
+        "qtvit_nano.cifar10": _cfg(32, 4, num_classes=10, file=str(SHIPPED_WEIGHTS / "nano-cifar10.safetensors")),
         "qtvit_0": _cfg(crop_pct=0.95),
         "qtvit_1": _cfg(crop_pct=0.95),
         **{f"qtvit_{i}": _cfg() for i in range(2, 7)},

@@ -3,7 +3,6 @@
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -14,7 +13,7 @@ from torchmetrics.functional.classification import multiclass_accuracy, multicla
 from qtvit.checkpoints import ModelInfo
 from qtvit.console import progress
 from qtvit.data import DIGITS, ImageDataset, load_labelled_images, read_split
-from qtvit.data.classification import Sample, find_val_folder, held_out_part
+from qtvit.data.classification import Sample, data_folder, find_val_folder, held_out_part
 from qtvit.deploy import Predictor
 
 NUM_BINS = 15
@@ -185,9 +184,7 @@ def held_out_samples(data: str, info: ModelInfo) -> tuple[list[Sample], str]:
             raise ValueError(f"the digits are not what {info.model} was trained on ({', '.join(info.classes[:5])}, …)")
         digits = load_labelled_images(data, val_fraction=info.split["val_fraction"], seed=info.split["seed"])
         return digits.val, "the digits held out from training"
-    root = Path(data)
-    if not root.is_dir():
-        raise FileNotFoundError(f"{data}: no such folder")
+    root = data_folder(data)
     folder = find_val_folder(root) or root
     samples = read_split(folder, info.classes)
     held_out = held_out_part(samples, folder, info.split)
