@@ -117,6 +117,9 @@ class SaveState(Callback):
         finally:
             signal.signal(signal.SIGINT, before)
 
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        self.last_step = trainer.global_step  # Lightning enters no epoch that a run goes on in the middle of
+
     def on_train_epoch_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         self.last_step = trainer.global_step
         if trainer.current_epoch != self.batches.epoch:

@@ -102,7 +102,7 @@ def open_run(config: TrainConfig, default_name: str) -> Iterator[Path]:
 
 
 @contextmanager
-def clean_up(run: Path, keep: Sequence[str] = (LAST, BEST, BAD_BATCH)) -> Iterator[None]:
+def clean_up(run: Path, keep: Sequence[str] = (LAST, PREVIOUS, BEST, BAD_BATCH)) -> Iterator[None]:
     """After an error before anything worth keeping is saved, the run folder is removed: nothing can go on from it."""
     try:
         yield
