@@ -42,6 +42,7 @@ class LabelledImages:
         classes: what the labels index.
         train, val: the splits.
         split: how ``val`` was held out, if it was: what `held_out_part` needs to do it again.
+        stream: URL of the folder whose shards ``train`` has to be streamed from, as it is not on this machine.
     """
 
     name: str
@@ -49,6 +50,7 @@ class LabelledImages:
     train: list[Sample]
     val: list[Sample]
     split: dict[str, Any] = field(default_factory=dict)
+    stream: str | None = None
 
     def digest(self) -> str:
         """A hash of which images are in which split and class, wherever the folder is and whether it is packed."""
@@ -79,6 +81,8 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
 def load_labelled_images(data: str, *, val_fraction: float = 0.2, seed: int = 0) -> LabelledImages:
     """Read ``data``, which is "digits", a folder, or a folder packed by `pack_folder`, which gives the same images.
 
+    Of a packed folder at a URL, the training images are left to `ShardStream`.
+
     A folder holds either ``train/CLASS/*.jpg`` and ``val/CLASS/*.jpg`` (or valid, validation, test), or ``CLASS/*.jpg``
     alone, of which the same ``val_fraction`` of every class is then held out.
 
@@ -92,6 +96,10 @@ def load_labelled_images(data: str, *, val_fraction: float = 0.2, seed: int = 0)
         classes, samples = _digits()
         train, val = stratified_split(samples, **split)
         return LabelledImages(DIGITS, classes, train, val, {**split, "data": DIGITS})
+    if "://" in data:
+        from .stream import remote_images  # needs the train extra
+
+        return remote_images(data)
     root = data_folder(data)
     name = root.resolve().name
     classes, train, held_out = _read_packed(root) if is_packed(root) else _read_plain(root)

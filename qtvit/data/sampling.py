@@ -5,9 +5,10 @@ often training was interrupted, so a resumed run goes on exactly where it stoppe
 """
 
 import hashlib
+import itertools
 import math
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypeVar
 
 import numpy as np
@@ -32,6 +33,9 @@ class EpochBatches(Sampler[list[Key]]):
         rank, world_size: this process and the number of processes, which share each step's ``batch_size *
             world_size`` samples.
     """
+
+    any_batch = True
+    """Whether an epoch can be entered at any batch."""
 
     def __init__(
         self,
@@ -72,9 +76,49 @@ class EpochBatches(Sampler[list[Key]]):
         return torch.randperm(self.num_samples, generator=generator).tolist()
 
     def _keys(self, order: list[int], batch: int) -> list[Key]:
-        size = 1 + derived_seed(self.seed, self.epoch, batch) % self.num_sizes if self.num_sizes else 0
+        size = drawn_size(self.seed, self.epoch, batch, self.num_sizes)
         start = (batch * self.world_size + self.rank) * self.batch_size
         return [(self.epoch, index, size) for index in order[start : start + self.batch_size]]
+
+
+class StreamBatches:
+    """In the place of `EpochBatches` for a stream, which is entered at its beginning and gives what comes.
+
+    Args:
+        num_batches: of an epoch.
+        start: makes the stream begin an epoch.
+    """
+
+    any_batch = False
+
+    def __init__(self, num_batches: int, start: Callable[[int], None]) -> None:
+        self.num_batches = num_batches
+        self.start = start
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        return self.num_batches
+
+    def go_to(self, epoch: int, first_batch: int = 0) -> None:
+        """The next iteration is that of ``epoch``; ``first_batch`` has to be 0."""
+        assert first_batch == 0
+        self.epoch = epoch
+        self.start(epoch)
+
+    def keys(self, batch: int) -> list[Key]:
+        """Which samples a batch has is not known: none."""
+        return []
+
+
+class FirstBatches(Iterable[T]):
+    """The first ``num_batches`` of ``loader``, each time anew."""
+
+    def __init__(self, loader: Iterable[T], num_batches: int) -> None:
+        self.loader = loader
+        self.num_batches = num_batches
+
+    def __iter__(self) -> Iterator[T]:
+        return itertools.islice(self.loader, self.num_batches)
 
 
 class SeededDataset(Dataset[T]):
@@ -95,6 +139,11 @@ class SeededDataset(Dataset[T]):
 def fixed_keys(indices: Sequence[int]) -> list[Key]:
     """Keys of samples that are the same every time, in the evaluation's size and with the augmentation of epoch 0."""
     return [(0, index, 0) for index in indices]
+
+
+def drawn_size(seed: int, epoch: int, batch: int, num_sizes: int) -> int:
+    """The number of the image size of a batch: one of 1 … ``num_sizes``, or 0 if that is 0."""
+    return 1 + derived_seed(seed, epoch, batch) % num_sizes if num_sizes else 0
 
 
 def even_batches(num_samples: int, batch_size: int, *, rank: int, world_size: int) -> list[list[int]]:

@@ -5,19 +5,28 @@ in a buffer. What is streamed follows from (seed, epoch, rank, worker), so an ep
 the middle. Where the shards are on a disk, `qtvit.data.load_labelled_images` shuffles perfectly, and resumes anywhere.
 """
 
+import hashlib
+import itertools
 import random
+import shutil
 import tarfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 import webdataset
+from filelock import FileLock
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
+from qtvit import console
+from qtvit.files import open_folder, replacing
+
+from .classification import LabelledImages, Sample
 from .images import any_size, open_image
-from .sampling import derived_seed, seed_everywhere
+from .sampling import derived_seed, drawn_size, seed_everywhere
 from .shards import INDEX, ShardIndex, parse_index
 
 
@@ -28,18 +37,17 @@ class ShardStream(IterableDataset[tuple[Tensor, int]]):
     and dealt out to the processes, then to their workers. A worker whose shards hold more images than it has to give
     leaves the rest out; one whose shards hold fewer begins them again. Which these are changes with the epoch.
 
-    The random numbers that ``transform`` draws follow from the seed, the epoch and the image alone.
+    The random numbers that the transforms draw follow from the seed, the epoch and the image alone.
 
     Args:
         root: path or URL of the packed folder: whatever ``webdataset`` opens, such as http, https, gs and hf.
         split: "train" or "val".
-        transform: of the RGB image.
-        seed: of the order, and of what ``transform`` draws.
+        transforms: of the RGB image, one for each image size; as with `EpochBatches`, each batch draws one of those
+            after the first, if there are such.
+        seed: of the order, and of what ``transforms`` draw.
         batch_size: per process.
         rank, world_size: this process and the number of processes.
         shuffle_buffer: image files among which a worker draws the next one; it keeps them in memory.
-        once: for evaluation: every image once, in the order of the shards. Then processes and workers have different
-            numbers of images, and there is no length.
 
     Attributes:
         classes: what the labels index.
@@ -55,39 +63,40 @@ class ShardStream(IterableDataset[tuple[Tensor, int]]):
         self,
         root: str,
         split: str,
-        transform: Callable[[Image.Image], Tensor],
+        transforms: Sequence[Callable[[Image.Image], Tensor]],
         *,
         seed: int,
         batch_size: int,
         rank: int = 0,
         world_size: int = 1,
         shuffle_buffer: int = 1000,
-        once: bool = False,
     ) -> None:
         super().__init__()
         index = read_remote_index(root)
         if "val" not in index.splits:
             raise ValueError(f"{root}: packed from a folder without val/; a stream cannot hold images out")
         shards = index.splits[split].shards
-        if len(shards) < world_size and not once:
+        if len(shards) < world_size:
             raise ValueError(f"{root}: {len(shards)} {split} shards for {world_size} processes; pack smaller ones")
         self.num_in_shard = {f"{root.rstrip('/')}/{shard.name}": shard.num_images for shard in shards}
         self.classes = index.classes
         self.num_images = sum(self.num_in_shard.values())
-        self.transform = transform
+        self.transforms = transforms
         self.seed = seed
         self.batch_size = batch_size
         self.rank = rank
         self.world_size = world_size
         self.shuffle_buffer = shuffle_buffer
-        self.once = once
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # for workers that live on
 
     def __len__(self) -> int:
         """Images that each process takes in an epoch."""
-        if self.once:
-            raise TypeError("a stream in which every image comes once has no length")
-        return self._num_batches() * self.batch_size
+        return self.num_batches * self.batch_size
+
+    @property
+    def num_batches(self) -> int:
+        """Batches of each process in an epoch."""
+        return self.num_images // (self.batch_size * self.world_size)
 
     def go_to(self, epoch: int) -> None:
         """Which epoch the next iteration streams."""
@@ -98,28 +107,24 @@ class ShardStream(IterableDataset[tuple[Tensor, int]]):
         worker, num_workers = (0, 1) if info is None else (info.id, info.num_workers)
         epoch = int(self._epoch)
         urls = list(self.num_in_shard)
-        if not self.once:
-            random.Random(derived_seed(self.seed, epoch)).shuffle(urls)
+        random.Random(derived_seed(self.seed, epoch)).shuffle(urls)
         urls = urls[self.rank :: self.world_size]
         num_busy = min(num_workers, len(urls))
         if worker >= num_busy:
-            return iter(())
-        shuffle = webdataset.detshuffle(
-            self.shuffle_buffer, seed=derived_seed(self.seed, epoch, self.rank, worker)
-        )  # if the shards are begun again, it draws anew
+            return
+        numbers = range(worker, self.num_batches, num_busy)  # of the batches that the DataLoader takes from this worker
+        if not numbers:
+            return
         pipeline = webdataset.DataPipeline(
             webdataset.SimpleShardList(urls[worker::num_busy]),
             self._read,
-            None if self.once else shuffle,
-            lambda samples: (self._item(sample, epoch) for sample in samples),
+            webdataset.detshuffle(self.shuffle_buffer, seed=derived_seed(self.seed, epoch, self.rank, worker)),
         )
-        if self.once:
-            return iter(pipeline)
-        num_batches = self._num_batches() // num_busy + (worker < self._num_batches() % num_busy)
-        return iter(pipeline.with_epoch(num_batches * self.batch_size)) if num_batches else iter(())
-
-    def _num_batches(self) -> int:
-        return self.num_images // (self.batch_size * self.world_size)
+        samples = iter(pipeline.with_epoch(len(numbers) * self.batch_size))  # begun again, the buffer draws anew
+        for number in numbers:
+            size = drawn_size(self.seed, epoch, number, len(self.transforms) - 1)
+            for sample in itertools.islice(samples, self.batch_size):
+                yield self._item(sample, epoch, self.transforms[size])
 
     def _read(self, shards: Iterable[dict[str, str]]) -> Iterator[dict[str, Any]]:
         """The samples of the shards: key, URL, and the content of image and label by suffix."""
@@ -135,16 +140,53 @@ class ShardStream(IterableDataset[tuple[Tensor, int]]):
             if count != self.num_in_shard[url]:
                 raise ValueError(f"{url}: {count} images instead of {self.num_in_shard[url]}; copy or pack it again")
 
-    def _item(self, sample: dict[str, Any], epoch: int) -> tuple[Tensor, int]:
+    def _item(
+        self, sample: dict[str, Any], epoch: int, transform: Callable[[Image.Image], Tensor]
+    ) -> tuple[Tensor, int]:
         key = sample["__key__"]
         (suffix,) = _suffixes(sample) - {"cls"}
         seed_everywhere(self.seed, epoch, int(key))
         try:
             with any_size():
-                return self.transform(open_image(sample[suffix])), int(sample["cls"])
+                return transform(open_image(sample[suffix])), int(sample["cls"])
         except ValueError as error:
             reason = str(error).removeprefix("image bytes: ")
             raise ValueError(f"{sample['__url__']}: {key}.{suffix}: {reason}") from error
+
+
+def remote_images(root: str) -> LabelledImages:
+    """The packed images at a URL: those to train on by name, to be streamed; those held out in a copy on this machine.
+
+    The copy is kept in torch.hub's folder.
+
+    Raises:
+        OSError, ValueError: as `ShardStream`; a shard of held-out images cannot be read, or is cut short.
+    """
+    index = read_remote_index(root)
+    if "val" not in index.splits:
+        raise ValueError(f"{root}: packed from a folder without val/; a stream cannot hold images out")
+    name = root.rstrip("/").rpartition("/")[2]
+    folder = Path(torch.hub.get_dir(), "qtvit", f"{name}-{hashlib.sha256(root.encode()).hexdigest()[:12]}")
+    with FileLock(open_folder(folder) / ".lock"):  # processes that share the machine share the copy
+        for shard in console.progress(index.splits["val"].shards, desc="Fetching held-out images", unit="shard"):
+            copy = folder / shard.name
+            if not copy.is_file() or copy.stat().st_size != shard.num_bytes:
+                _fetch(f"{root.rstrip('/')}/{shard.name}", copy)
+    if damage := index.splits["val"].damage(folder):
+        raise damage[0]
+    samples: dict[str, list[Sample]] = {
+        split: list(zip(found.sources(folder), found.label.tolist(), strict=True))
+        for split, found in index.splits.items()
+    }
+    return LabelledImages(name, index.classes, samples["train"], samples["val"], stream=root)
+
+
+def _fetch(url: str, path: Path) -> None:
+    try:
+        with replacing(path) as temporary, webdataset.gopen(url) as source, temporary.open("wb") as copy:
+            shutil.copyfileobj(source, copy)
+    except OSError as error:
+        raise OSError(f"{url}: cannot be copied to {path} ({_reason(error)})") from error
 
 
 def read_remote_index(root: str) -> ShardIndex:

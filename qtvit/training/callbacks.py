@@ -21,7 +21,7 @@ from torch import Tensor
 
 from qtvit import console
 from qtvit.checkpoints import ModelInfo, save_model
-from qtvit.data.sampling import EpochBatches
+from qtvit.data.sampling import EpochBatches, StreamBatches
 from qtvit.device import processes
 from qtvit.files import replacing, write_text
 
@@ -75,6 +75,8 @@ class SaveState(Callback):
 
     The first Ctrl-C lets the step (or the evaluation) end and saves; the second ends training at once.
 
+    A stream can only be entered at its beginning, so there the states are those at the end of an epoch.
+
     Args:
         run: the run folder.
         batches: of the training images; set to the right place when a run goes on.
@@ -86,7 +88,7 @@ class SaveState(Callback):
     def __init__(
         self,
         run: Path,
-        batches: EpochBatches,
+        batches: EpochBatches | StreamBatches,
         history: "History",
         description: dict[str, Any],
         every_steps: int | None = None,
@@ -136,7 +138,7 @@ class SaveState(Callback):
         self.last_step = trainer.global_step
         if stopping:
             self._save_and_leave(trainer)
-        if self.every_steps and self.last_step % self.every_steps == 0:
+        if self.every_steps and self.batches.any_batch and self.last_step % self.every_steps == 0:
             trainer.save_checkpoint(self.run / LAST)
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
@@ -148,7 +150,7 @@ class SaveState(Callback):
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         done = trainer.fit_loop.epoch_loop.batch_progress.current.ready
-        mid_epoch = done < len(self.batches)
+        mid_epoch = not self._is_epoch_done(trainer)
         epoch = trainer.current_epoch
         checkpoint["qtvit"] = {
             **self.description,
@@ -162,6 +164,9 @@ class SaveState(Callback):
     ) -> None:
         self.batches.go_to(*checkpoint["qtvit"]["next"])
 
+    def _is_epoch_done(self, trainer: lightning.Trainer) -> bool:
+        return trainer.fit_loop.epoch_loop.batch_progress.current.ready == len(self.batches)
+
     def _stop(self, number: int, frame: FrameType | None) -> None:
         if self.stopping:
             raise _Stop
@@ -173,7 +178,8 @@ class SaveState(Callback):
         return trainer.strategy.reduce_boolean_decision(self.stopping, all=False)
 
     def _save_and_leave(self, trainer: lightning.Trainer) -> None:
-        trainer.save_checkpoint(self.run / LAST)
+        if self.batches.any_batch or self._is_epoch_done(trainer):
+            trainer.save_checkpoint(self.run / LAST)
         raise _Stop
 
 

@@ -3,7 +3,7 @@
 import json
 import random
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from qtvit.data import (
     drop_broken,
     load_labelled_images,
 )
-from qtvit.data.sampling import EpochBatches, SeededDataset, even_batches, fixed_keys
+from qtvit.data.sampling import EpochBatches, FirstBatches, SeededDataset, StreamBatches, even_batches, fixed_keys
 from qtvit.deploy import Predictor
 from qtvit.device import processes, resolve_device
 from qtvit.errors import some
@@ -199,11 +199,7 @@ def run_training(config: TrainConfig) -> RunSummary | None:
         check_img_size(model, size)
     weights = class_weights([label for _, label in data.train], len(data.classes), config.optim.class_weights)
     task = Classifier(model.to(memory_format=torch.channels_last), len(data.classes), config, weights)
-    sizes = len(config.augment.train_sizes)
-    batches = EpochBatches(
-        len(data.train), config.batch_size, config.seed, num_sizes=sizes, rank=rank, world_size=world_size
-    )
-    train_loader, val_loader, bn_loader = _loaders(config, data, Preprocess(**info.preprocess), batches)
+    batches, train_loader, val_loader, bn_loader = _loaders(config, data, Preprocess(**info.preprocess))
 
     with open_run(config, f"{config.model}-{data.name}") as run:
         if not past and rank == 0:
@@ -240,6 +236,8 @@ def run_training(config: TrainConfig) -> RunSummary | None:
 def _read_data(config: TrainConfig, past: dict[str, Any], world_size: int) -> LabelledImages:
     """The images to train on; those of the run that ``past`` describes, if it does."""
     data = load_labelled_images(config.data, val_fraction=config.val_fraction, seed=config.seed)
+    if config.on_bad_image == "skip" and data.stream:
+        raise ValueError(f"--on-bad-image skip reads all images beforehand, and those of {data.stream} are streamed")
     if config.on_bad_image == "skip":
         data = replace(data, train=drop_broken(data.train, data.classes), val=drop_broken(data.val))
     if config.batch_size * world_size > len(data.train):
@@ -301,7 +299,7 @@ def _resolved(config: TrainConfig, info: ModelInfo, device: torch.device) -> Tra
     """``config`` with what it left open, so that it repeats the run from anywhere."""
     return replace(
         config,
-        data=config.data if config.data == DIGITS else str(Path(config.data).resolve()),
+        data=config.data if config.data == DIGITS or "://" in config.data else str(Path(config.data).resolve()),
         checkpoint=None if config.checkpoint is None else str(Path(config.checkpoint).resolve()),
         output=None,
         img_size="x".join(map(str, info.preprocess["size"])),
@@ -312,26 +310,43 @@ def _resolved(config: TrainConfig, info: ModelInfo, device: torch.device) -> Tra
 
 
 def _loaders(
-    config: TrainConfig, data: LabelledImages, preprocess: Preprocess, batches: EpochBatches
-) -> tuple[DataLoader, DataLoader, DataLoader | None]:
-    """Batches for training, for evaluation, and for the BatchNorm statistics if they are to be estimated."""
+    config: TrainConfig, data: LabelledImages, preprocess: Preprocess
+) -> tuple[EpochBatches | StreamBatches, DataLoader, DataLoader, Iterable[tuple[Tensor, Tensor]] | None]:
+    """Batches for training, with the loader of their images; for evaluation; and for the BatchNorm statistics if they
+    are to be estimated.
+    """
+    rank, world_size = processes()
+    share: dict[str, Any] = {"rank": rank, "world_size": world_size}
     num_workers = config.num_workers or 0
     common: dict[str, Any] = {"num_workers": num_workers, "worker_init_fn": ignore_interrupts}
     sizes = [preprocess.size, *config.augment.train_shapes()]
-    train_set = SeededDataset(
-        [ImageDataset(data.train, _train_transform(config.augment, preprocess, size)) for size in sizes], config.seed
-    )
-    rank, world_size = batches.rank, batches.world_size
-    val_batches = even_batches(len(data.val), config.batch_size, rank=rank, world_size=world_size)
+    transforms = [_train_transform(config.augment, preprocess, size) for size in sizes]
     bn_size = min(config.bn_batch_size or config.batch_size, len(data.train) // world_size)
-    num_bn_batches = max(min(config.bn_images, len(data.train)) // (bn_size * world_size), 1) * world_size
-    bn_keys = fixed_keys(random.Random(config.seed).sample(range(len(data.train)), num_bn_batches * bn_size))
-    bn_batches = [bn_keys[i * bn_size : (i + 1) * bn_size] for i in range(rank, num_bn_batches, world_size)]
-    return (
-        DataLoader(train_set, batch_sampler=batches, persistent_workers=num_workers > 0, **common),
-        DataLoader(ImageDataset(data.val, preprocess.transform()), batch_sampler=val_batches, **common),
-        DataLoader(train_set, batch_sampler=bn_batches, **common) if config.bn_images else None,
-    )
+    num_bn_batches = max(min(config.bn_images, len(data.train)) // (bn_size * world_size), 1)
+
+    batches: EpochBatches | StreamBatches
+    bn_loader: Iterable[tuple[Tensor, Tensor]]
+    if data.stream is None:
+        batches = EpochBatches(
+            len(data.train), config.batch_size, config.seed, num_sizes=len(config.augment.train_sizes), **share
+        )
+        train_set = SeededDataset([ImageDataset(data.train, transform) for transform in transforms], config.seed)
+        train_loader = DataLoader(train_set, batch_sampler=batches, persistent_workers=num_workers > 0, **common)
+        num_bn_images = num_bn_batches * world_size * bn_size
+        bn_keys = fixed_keys(random.Random(config.seed).sample(range(len(data.train)), num_bn_images))
+        bn_batches = [bn_keys[i : i + bn_size] for i in range(rank * bn_size, num_bn_images, world_size * bn_size)]
+        bn_loader = DataLoader(train_set, batch_sampler=bn_batches, **common)
+    else:
+        from qtvit.data.stream import ShardStream  # webdataset takes a second to import
+
+        stream = ShardStream(data.stream, "train", transforms, seed=config.seed, batch_size=config.batch_size, **share)
+        batches = StreamBatches(stream.num_batches, stream.go_to)
+        train_loader = DataLoader(stream, config.batch_size, persistent_workers=num_workers > 0, **common)
+        fixed = ShardStream(data.stream, "train", transforms[:1], seed=config.seed, batch_size=bn_size, **share)
+        bn_loader = FirstBatches(DataLoader(fixed, bn_size, **common), num_bn_batches)
+    val_batches = even_batches(len(data.val), config.batch_size, **share)
+    val_loader = DataLoader(ImageDataset(data.val, preprocess.transform()), batch_sampler=val_batches, **common)
+    return batches, train_loader, val_loader, bn_loader if config.bn_images else None
 
 
 def _train_transform(augment: AugmentConfig, preprocess: Preprocess, size: tuple[int, int]) -> TrainTransform:

@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
-from qtvit.data.sampling import EpochBatches
+from qtvit.data.sampling import EpochBatches, StreamBatches
 from qtvit.files import write_text
 
 from .task import Task
@@ -33,7 +33,7 @@ class StopAtNonFinite(Callback):
         names: of the training images, by index.
     """
 
-    def __init__(self, run: Path, batches: EpochBatches, names: Sequence[object]) -> None:
+    def __init__(self, run: Path, batches: EpochBatches | StreamBatches, names: Sequence[object]) -> None:
         self.run = run
         self.batches = batches
         self.names = names

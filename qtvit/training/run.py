@@ -150,7 +150,7 @@ def build_trainer(
     """Lightning's trainer with logs, checkpoints and progress in ``run``."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     lightnings = ("does not have many workers", "exists and is not empty", "LeafSpec", "not resumable", "in eval mode")
-    for known in (*lightnings, "sync_dist=True", "all_gather is deprecated"):
+    for known in (*lightnings, "sync_dist=True", "all_gather is deprecated", "`__len__` defined"):
         warnings.filterwarnings("ignore", message=f".*{known}")
     interactive = sys.stderr.isatty() and not console.is_quiet()
     world_size, local = processes()[1], int(os.environ.get("LOCAL_WORLD_SIZE", 1))

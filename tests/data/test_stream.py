@@ -16,8 +16,10 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from qtvit.data import load_labelled_images, open_image, pack_folder
+from qtvit.data.sampling import StreamBatches, drawn_size
 from qtvit.data.shards import INDEX
-from qtvit.data.stream import ShardStream
+from qtvit.data.stream import ShardStream, remote_images
+from qtvit_cli import main
 
 NUM_TRAIN, NUM_VAL = 60, 11
 
@@ -57,7 +59,7 @@ def url(packed: Path) -> Iterator[str]:
 
 
 def stream(root: str | Path, split: str = "train", **options: int) -> ShardStream:
-    return ShardStream(str(root), split, number, **{"seed": 0, "batch_size": 4, "shuffle_buffer": 8, **options})
+    return ShardStream(str(root), split, [number], **{"seed": 0, "batch_size": 4, "shuffle_buffer": 8, **options})
 
 
 def batches(source: ShardStream, num_workers: int = 0, epoch: int = 0, **options: bool) -> list[list[list[float]]]:
@@ -145,43 +147,30 @@ def test_a_worker_with_too_few_images_begins_its_shards_again(packed: Path) -> N
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_the_same_over_http(num_workers: int, packed: Path, url: str) -> None:
     assert batches(stream(url), num_workers, 1) == batches(stream(packed), num_workers, 1)
-    assert batches(stream(url + "/", "val", once=True)) == batches(stream(packed, "val", once=True))
+    assert batches(stream(url + "/", "val")) == batches(stream(packed, "val"))
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
-@pytest.mark.parametrize("world_size", [1, 2])
-def test_every_image_once_for_evaluation(num_workers: int, world_size: int, packed: Path) -> None:
-    rows = []
-    for rank in range(world_size):
-        source = stream(packed, "val", once=True, rank=rank, world_size=world_size)
-        rows += [row for batch in batches(source, num_workers) for row in batch]
-    assert sorted(row[0] for row in rows) == [1000 + i for i in range(NUM_VAL)]
-    with pytest.raises(TypeError, match="has no length"):
-        len(source)
-    if (num_workers, world_size) == (0, 1):
-        expected = [float(number(open_image(image))[0]) for image, _ in load_labelled_images(str(packed)).val]
-        assert [row[0] for row in rows] == expected
+def test_a_batch_has_one_size_the_same_in_all_processes(packed: Path) -> None:
+    sizes = []
+    for rank in (0, 1):
+        transforms = [lambda image, size=size: torch.tensor([size]) for size in range(4)]
+        source = ShardStream(str(packed), "train", transforms, seed=0, batch_size=2, rank=rank, world_size=2)
+        sizes.append([set(labels.flatten().tolist()) for labels, _ in DataLoader(source, 2, num_workers=2)])
+    assert sizes[0] == sizes[1] == [{drawn_size(0, 0, batch, 3)} for batch in range(len(source) // 2)]
+    assert set.union(*sizes[0]) == {1, 2, 3}
 
 
-def test_workers_that_live_on_hear_of_the_next_epoch(packed: Path) -> None:
+def test_it_reaches_loader_processes_that_are_spawned(packed: Path) -> None:
     source = stream(packed)
-    loader = DataLoader(source, 4, num_workers=2, persistent_workers=True)
-    orders = []
-    for epoch in (0, 1, 0):
-        source.go_to(epoch)
-        orders.append([numbers.tolist() for numbers, _ in loader])
-    assert orders[0] == orders[2] != orders[1]
-
-
-def test_workers_that_inherit_nothing_can_get_the_stream(packed: Path) -> None:
-    source = stream(packed)
-    copy = pickle.loads(ForkingPickler.dumps(source))  # as the start method "spawn" does
+    copy = pickle.loads(ForkingPickler.dumps(source))
     source.go_to(1)
     assert [float(x[0]) for x, _ in copy] == [row[0] for batch in batches(source, epoch=1) for row in batch]
 
 
 def test_the_buffer_shuffles_within_shards(packed: Path) -> None:
-    in_order = {row[0]: i for i, row in enumerate(r for b in batches(stream(packed, once=True)) for r in b)}
+    sources = [source for source, _ in load_labelled_images(str(packed)).train]
+    in_shards = sorted(sources, key=lambda source: (source.shard, source.offset))
+    in_order = {float(Path(source.path).stem): place for place, source in enumerate(in_shards)}
     for buffer, shuffled in ((1, False), (8, True)):
         places = [in_order[row[0]] for batch in batches(stream(packed, shuffle_buffer=buffer)) for row in batch]
         steps = sum(b - a == 1 for a, b in itertools.pairwise(places))
@@ -217,7 +206,7 @@ def test_broken_images_are_named(tmp_path: Path) -> None:
             (tmp_path / "plain" / split / name / "0.JPG").write_text("<html>")
     pack_folder(str(tmp_path / "plain"), tmp_path / "packed")
     with pytest.raises(ValueError, match=r"val-000000\.tar: 00000000\.jpg: not an image that can be read"):
-        batches(stream(tmp_path / "packed", "val", once=True))
+        batches(stream(tmp_path / "packed", "val", batch_size=1))
 
 
 def test_what_can_be_wrong_with_the_index(packed: Path, url: str, tmp_path: Path) -> None:
@@ -240,7 +229,7 @@ def test_a_missing_shard_over_http(packed: Path, url: str) -> None:
     hidden.rename(packed / "away")
     try:
         with pytest.raises((OSError, ValueError), match=r"http://.*/val-000001\.tar: "):
-            batches(stream(url, "val", once=True))
+            batches(stream(url, "val"))
     finally:
         (packed / "away").rename(hidden)
 
@@ -248,3 +237,53 @@ def test_a_missing_shard_over_http(packed: Path, url: str) -> None:
 def test_pictures_of_any_size(packed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
     assert len(batches(stream(packed))) == 15
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where copies of held-out images are kept."""
+    monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path / "hub"))
+    return tmp_path / "hub" / "qtvit"
+
+
+def test_held_out_images_are_copied_once(packed: Path, url: str, cache: Path) -> None:
+    remote, local = remote_images(url), load_labelled_images(str(packed))
+    assert (remote.digest(), remote.stream) == (local.digest(), url)
+    assert [open_image(source).tobytes() for source, _ in remote.val] == [
+        open_image(source).tobytes() for source, _ in local.val
+    ]
+    (copy,) = cache.glob("*/val-000000.tar")
+    written = copy.stat().st_mtime_ns
+    remote_images(url)
+    assert copy.stat().st_mtime_ns == written
+    copy.write_bytes(b"cut short")
+    remote_images(url)
+    assert copy.read_bytes() == (packed / "val-000000.tar").read_bytes()
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_training_from_a_url(
+    num_workers: int, url: str, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    argv = f"train classify --data {url} --model qtvit_nano --img-size 8 --batch-size 8 --bn-images 16 --num-threads 1"
+    argv += f" --num-workers {num_workers} --augment.train-sizes [8,12] --ema.decay 0.9 --checkpoint-every-steps 2"
+    assert main([*argv.split(), "--epochs", "2", "--output", "whole"]) == 0
+    calls = []
+
+    def dies_in_the_second_epoch(self: StreamBatches, *args: int) -> None:
+        calls.append(args)
+        if len(calls) == 1:
+            raise RuntimeError("dies")
+        go_to(self, *args)
+
+    go_to = StreamBatches.go_to
+    with monkeypatch.context() as patch:
+        patch.setattr(StreamBatches, "go_to", dies_in_the_second_epoch)
+        with pytest.raises(RuntimeError, match="dies"):
+            main([*argv.split(), "--epochs", "2", "--output", "run"])
+    assert main(["train", "classify", "--resume", "run"]) == 0
+    ends = [torch.load(f"{run}/last.ckpt", weights_only=True)["state_dict"] for run in ("whole", "run")]
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+    assert Path("run/metrics.csv").read_bytes() == Path("whole/metrics.csv").read_bytes()
+    assert main([*argv.split(), "--on-bad-image", "skip"]) == 2
