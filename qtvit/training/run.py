@@ -136,8 +136,9 @@ def find_state(run: Path, world_size: int = 1) -> tuple[Path | None, dict[str, A
             console.say(f"{path} is damaged ({type(error).__name__}); trying the checkpoint before it")
             continue
         if description["world_size"] != world_size:
+            before = description["world_size"]
             raise ValueError(
-                f"{run} was training in {description['world_size']} processes, not {world_size}; "
+                f"{run} was training in {before} process{'es' * (before != 1)}, not {world_size}; "
                 f"torchrun --nproc-per-node sets their number"
             )
         return path, description
@@ -148,7 +149,8 @@ def build_trainer(
     config: TrainConfig, device: torch.device, run: Path, callbacks: list[Callback], **options: Any
 ) -> lightning.Trainer:
     """Lightning's trainer with logs, checkpoints and progress in ``run``."""
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    for logger in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(logger).setLevel(logging.WARNING)
     lightnings = ("does not have many workers", "exists and is not empty", "LeafSpec", "not resumable", "in eval mode")
     for known in (*lightnings, "sync_dist=True", "all_gather is deprecated", "`__len__` defined"):
         warnings.filterwarnings("ignore", message=f".*{known}")
