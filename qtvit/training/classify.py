@@ -58,7 +58,12 @@ from .task import Task
 
 SUMMARY = "summary.json"
 """Written last: a run that has it is complete."""
-EPOCH_COLUMNS = {"train/loss": "loss {:.4f}", "val/loss": "held-out loss {:.4f}", "val/top1": "top-1 {:.2f} %"}
+EPOCH_COLUMNS = {
+    "train/loss": "loss {:.4f}",
+    "val/loss": "held-out loss {:.4f}",
+    "val/top1": "top-1 {:.2f} %",
+    "val/raw_top1": "not averaged {:.2f} %",
+}
 
 
 @dataclass(frozen=True)
