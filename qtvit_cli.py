@@ -38,7 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         with console.quiet(quiet):
             return args.command(rest if args.command == train_classify else args) or 0
     except KeyboardInterrupt as stop:
-        print(str(stop) or "interrupted", file=sys.stderr)
+        if first:
+            print(str(stop) or "interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:  # as after `| head`: nobody reads on
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

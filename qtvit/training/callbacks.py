@@ -114,7 +114,8 @@ class SaveState(Callback):
         try:
             yield
         except _Stop:
-            saved = f"to go on:  qtvit train classify --resume {self.run}"
+            command = "torchrun … -m qtvit" if processes()[1] > 1 else "qtvit"
+            saved = f"to go on:  {command} train classify --resume {self.run}"
             raise Interrupted(f"stopped; {saved if (self.run / LAST).exists() else 'nothing is saved yet'}") from None
         finally:
             signal.signal(signal.SIGINT, before)
