@@ -7,14 +7,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 from filelock import FileLock
 
-import qtvit
 from qtvit.training.callbacks import LAST, PREVIOUS, EstimateBatchNorm
 from qtvit.training.classify import Classifier
 from qtvit.training.run import ignore_interrupts
 from qtvit_cli import main
+
+from .compare import same_end
 
 TRAIN = (
     "train classify --model qtvit_nano --img-size 16 --epochs 3 --batch-size 8 --bn-images 8 --num-workers {workers} "
@@ -55,18 +55,6 @@ def interrupt(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, int], None]:
         monkeypatch.setattr(owner, name, stepping)
 
     return press
-
-
-def same_end(run: Path, other: Path) -> None:
-    """All that training leaves is equal to the bit."""
-    states = [torch.load(folder / LAST, weights_only=True) for folder in (run, other)]
-    for key, value in states[0]["state_dict"].items():
-        assert torch.equal(value, states[1]["state_dict"][key]), key
-    for moments in zip(*(state["optimizer_states"][0]["state"].values() for state in states), strict=True):
-        assert all(torch.equal(moments[0][key], moments[1][key]) for key in moments[0])
-    assert (run / "metrics.csv").read_bytes() == (other / "metrics.csv").read_bytes()
-    ours, theirs = (qtvit.load(folder).model.state_dict() for folder in (run, other))
-    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
 # 24 training images: three steps an epoch.
