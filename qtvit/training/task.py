@@ -39,6 +39,8 @@ class Task(lightning.LightningModule):
         if config.grad_checkpointing:
             _checkpoint_gradients(model)
         if config.compile:
+            limits: Any = torch._dynamo.config
+            limits.recompile_limit = max(limits.recompile_limit, len(config.augment.train_sizes))
             model.compile(dynamic=False)  # a graph for each image size
         self.train()
 
