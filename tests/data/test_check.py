@@ -98,6 +98,7 @@ def test_all_problems_at_once(bad: Path) -> None:
     assert report.num_problems == 10
     assert report.splits["train"].class_counts == {"cat": 3, "dog": 9, "empty": 0}
     assert report.splits["val"].class_counts == {"cat": 2, "dog": 3, "zebra": 1}
+    assert report.splits["train"].width == (31, 41, 42)  # of those that can be read
     lines = report.lines()
     assert lines[1] == "  images per class: 0 to 9, median 3"
     assert "4 problems: with class folders or shards" in lines

@@ -177,6 +177,17 @@ def test_packing_twice_gives_the_same_bytes(double: Path, packed: Path, tmp_path
         assert (tmp_path / "again" / name).read_bytes() == (packed / name).read_bytes(), name
 
 
+def test_shards_are_as_large_as_they_may_be(packed: Path) -> None:
+    for split in read_index(packed).splits.values():
+        used = [0] * len(split.shards)
+        for shard, size in zip(split.shard.tolist(), split.size.tolist(), strict=True):
+            used[shard] += size + -size % 512 + 3 * 512
+        assert all(num_bytes <= 9000 for num_bytes in used)
+        assert all(num_bytes > 5000 for num_bytes in used[:-1])  # no image takes 4000
+        end = 2 * 512  # of the archive, which then is filled up to whole records
+        assert [shard.num_bytes for shard in split.shards] == [-(-(n + end) // 10240) * 10240 for n in used]
+
+
 def test_other_programs_can_read_the_shards(packed: Path) -> None:
     split = read_index(packed).splits["train"]
     found: dict[int, tuple[bytes, int]] = {}
