@@ -46,10 +46,15 @@ def random_batches(num: int, size: int = 8, sides: Sequence[int] = (16,)) -> lis
 
 
 def fit(
-    task: Task, batches: Sequence[Batch], run: Path, *callbacks: Callback, held_out: Sequence[Batch] = ()
+    task: Task,
+    batches: Sequence[Batch],
+    run: Path,
+    *callbacks: Callback,
+    held_out: Sequence[Batch] = (),
+    device: str = "cpu",
 ) -> lightning.Trainer:
-    """Train ``task`` on these batches in every epoch, as a run does on the CPU; evaluate if there is ``held_out``."""
-    trainer = build_trainer(task.config, torch.device("cpu"), run, list(callbacks))
+    """Train ``task`` on these batches in every epoch, as a run does; evaluate if there is ``held_out``."""
+    trainer = build_trainer(task.config, torch.device(device), run, list(callbacks))
     fit_with(trainer, task, batches, held_out)
     return trainer
 
