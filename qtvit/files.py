@@ -27,7 +27,10 @@ def open_folder(path: Path, *, exist_ok: bool = True) -> Path:
 def write_text(path: Path, text: str) -> None:
     """Write ``text`` as `replacing` does."""
     with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        try:
+            temporary.write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise OSError(f"{path}: cannot be written ({error.strerror})") from error
 
 
 @contextmanager

@@ -149,6 +149,9 @@ def test_a_killed_run_goes_on_to_the_same_end(
 def test_a_full_disk_costs_nothing_that_was_saved(photos: Path, uninterrupted: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     argv = f"{TRAIN} --data {photos} --num-workers 0 --output {run}"
+    code, log = run_process(f"{argv}-none", tmp_path, file_bytes=500)
+    assert code == 2
+    assert log == f"qtvit: error: {run}-none/config.yaml: cannot be written (File too large)\n"
     code, log = run_process(argv, tmp_path, file_bytes=100_000)
     assert code == 2
     best = run / "best.safetensors"
