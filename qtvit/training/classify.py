@@ -47,7 +47,6 @@ from .report import write_report
 from .run import (
     build_trainer,
     check_device,
-    clean_up,
     default_workers,
     find_state,
     ignore_interrupts,
@@ -228,7 +227,7 @@ def run_training(config: TrainConfig) -> RunSummary | None:
         save_state = SaveState(run, batches, history, description, config.checkpoint_every_steps)
         callbacks += [history, save_state, EpochLines(history, EPOCH_COLUMNS)]
         if not finished:  # else only its report is missing
-            with warnings.catch_warnings(), save_state.listening(), clean_up(run):
+            with warnings.catch_warnings(), save_state.listening():
                 trainer = build_trainer(config, device, run, callbacks)
                 trainer.fit(task, train_loader, val_loader, ckpt_path=state)
             if trainer.current_epoch < config.epochs:
@@ -307,6 +306,7 @@ def _resolved(config: TrainConfig, info: ModelInfo, device: torch.device) -> Tra
         data=config.data if config.data == DIGITS or "://" in config.data else str(Path(config.data).resolve()),
         checkpoint=None if config.checkpoint is None else str(Path(config.checkpoint).resolve()),
         output=None,
+        resume=None,
         img_size="x".join(map(str, info.preprocess["size"])),
         crop_pct=info.preprocess["crop_pct"],
         device=str(device),

@@ -14,6 +14,7 @@ from qtvit.checkpoints import ModelInfo
 from qtvit.console import progress
 from qtvit.data import DIGITS, ImageDataset, load_labelled_images, read_split
 from qtvit.data.classification import Sample, data_folder, find_val_folder, held_out_part
+from qtvit.data.shards import is_packed, read_index
 from qtvit.deploy import Predictor
 
 NUM_BINS = 15
@@ -190,7 +191,8 @@ def held_out_samples(data: str, info: ModelInfo) -> tuple[list[Sample], str]:
     held_out = held_out_part(samples, folder, info.split)
     if held_out is not None:
         return held_out, f"the part of {folder} held out from training ({len(samples)} images in all)"
-    return samples, f"all images in {folder}"
+    is_val = is_packed(folder) and "val" in read_index(folder).splits
+    return samples, f"all images {'of val ' * is_val}in {folder}"
 
 
 @torch.inference_mode()

@@ -9,7 +9,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +82,8 @@ def check_device(config: TrainConfig, device: torch.device) -> None:
 def open_run(config: TrainConfig, default_name: str) -> Iterator[Path]:
     """The run folder, new or that of ``config.resume``, for this run alone. Only the first process makes and locks it.
 
+    A new one does not outlive an error that comes before anything worth keeping is saved.
+
     Raises:
         ValueError: another run has it, or ``config.output`` exists.
         OSError: it cannot be written to.
@@ -96,7 +98,8 @@ def open_run(config: TrainConfig, default_name: str) -> Iterator[Path]:
     except Timeout:
         raise ValueError(f"{run}: another process is training in this run folder") from None
     try:
-        yield run
+        with nullcontext() if config.resume else clean_up(run):
+            yield run
     finally:
         lock.release()
 
@@ -107,7 +110,7 @@ def clean_up(run: Path, keep: Sequence[str] = (LAST, PREVIOUS, BEST, BAD_BATCH))
     try:
         yield
     except BaseException:
-        if processes()[0] == 0 and not any((run / name).exists() for name in keep):
+        if not any((run / name).exists() for name in keep):
             shutil.rmtree(run, ignore_errors=True)
         raise
 
