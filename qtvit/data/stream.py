@@ -5,6 +5,7 @@ in a buffer. What is streamed follows from (seed, epoch, rank, worker), so an ep
 the middle. Where the shards are on a disk, `qtvit.data.load_labelled_images` shuffles perfectly, and resumes anywhere.
 """
 
+import functools
 import hashlib
 import itertools
 import random
@@ -166,13 +167,15 @@ def remote_images(root: str) -> LabelledImages:
     if "val" not in index.splits:
         raise ValueError(f"{root}: packed from a folder without val/; a stream cannot hold images out")
     name = root.rstrip("/").rpartition("/")[2]
-    folder = Path(torch.hub.get_dir(), "qtvit", f"{name}-{hashlib.sha256(root.encode()).hexdigest()[:12]}")
+    val = index.splits["val"]
+    digest = hashlib.sha256("\n".join([root, *val.path, str(val.size.tolist()), str(val.label.tolist())]).encode())
+    folder = Path(torch.hub.get_dir(), "qtvit", f"{name}-{digest.hexdigest()[:12]}")
     with FileLock(open_folder(folder) / ".lock"):  # processes that share the machine share the copy
-        for shard in console.progress(index.splits["val"].shards, desc="Fetching held-out images", unit="shard"):
+        for shard in console.progress(val.shards, desc="Fetching held-out images", unit="shard"):
             copy = folder / shard.name
             if not copy.is_file() or copy.stat().st_size != shard.num_bytes:
                 _fetch(f"{root.rstrip('/')}/{shard.name}", copy)
-    if damage := index.splits["val"].damage(folder):
+    if damage := val.damage(folder):
         raise damage[0]
     samples: dict[str, list[Sample]] = {
         split: list(zip(found.sources(folder), found.label.tolist(), strict=True))
@@ -189,6 +192,7 @@ def _fetch(url: str, path: Path) -> None:
         raise OSError(f"{url}: cannot be copied to {path} ({_reason(error)})") from error
 
 
+@functools.lru_cache(maxsize=1)  # it is large
 def read_remote_index(root: str) -> ShardIndex:
     """The index of packed images at a path or URL.
 

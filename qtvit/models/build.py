@@ -29,19 +29,22 @@ def build_model(name: str, **model_args: Any) -> nn.Module:
 
 
 @torch.no_grad()
-def check_img_size(model: nn.Module, img_size: tuple[int, int]) -> None:
-    """ValueError unless ``model`` takes images of ``img_size`` (H, W); tried out on one, but for our own models."""
+def check_img_size(model: nn.Module, img_size: tuple[int, int], option: str = "--img-size") -> None:
+    """ValueError that names ``option`` unless ``model`` takes images of ``img_size`` (H, W).
+
+    Tried out on one image, but for our own models.
+    """
     size = "x".join(map(str, img_size))
     if isinstance(model, QTViT):
         smallest = model.feature_info[-1]["reduction"]
         if min(img_size) < smallest:
-            raise ValueError(f"--img-size {size} is below the network's minimum of {smallest} px, its largest stride")
+            raise ValueError(f"{option} {size} is below the network's minimum of {smallest} px, its largest stride")
         return
     training = model.training
     try:
         model.eval()(torch.zeros(1, getattr(model, "in_chans", 3), *img_size).to(next(model.parameters())))
     except (AssertionError, RuntimeError) as error:
-        raise ValueError(f"--img-size {size} does not fit {type(model).__name__}: {error}") from error
+        raise ValueError(f"{option} {size} does not fit {type(model).__name__}: {error}") from error
     finally:
         model.train(training)
 

@@ -200,7 +200,9 @@ class CheckpointFiles(TorchCheckpointIO):
                 if path.exists():
                     os.replace(path, path.with_name(PREVIOUS))
         except OSError as error:
-            raise OSError(f"{path} cannot be written ({error.strerror}); the checkpoint before it is kept") from error
+            raise OSError(
+                f"{path} cannot be written ({error.strerror or error}); the checkpoint before it is kept"
+            ) from error
 
     def load_checkpoint(self, path: str | Path, map_location: Any = "cpu", weights_only: bool | None = None) -> Any:
         return torch.load(path, map_location=map_location, weights_only=True)
@@ -226,6 +228,8 @@ class EstimateBatchNorm(Callback):
         pl_module.eval()
         if pl_module.ema is not None:
             self.running = {name: buffer.clone() for name, buffer in pl_module.model.named_buffers()}
+        if not names:
+            return
         networks = pl_module.networks.values()
         norms: list[Any] = [network.get_submodule(name) for network in networks for name in names]
         momenta = [norm.momentum for norm in norms]

@@ -136,7 +136,11 @@ class Classifier(Task):
             scores: Any = self.scores[f"{prefix}scores"]
             self.log(f"val/{prefix}top1", 100 * scores["top1"].compute(), prog_bar=True)
             self.log(f"val/{prefix}top5", 100 * scores["top5"].compute())
-            self.log(f"val/{prefix}loss", scores["loss"].compute())
+            loss = scores["loss"].compute()
+            if not loss.isfinite():
+                which = "moving average" if self.ema is not None and not prefix else "trained weights"
+                raise FloatingPointError(f"the held-out loss of the {which} is {loss.item()}; try a lower --lr")
+            self.log(f"val/{prefix}loss", loss)
             for metric in scores.values():
                 metric.reset()
         super().on_validation_epoch_end()
@@ -145,7 +149,7 @@ class Classifier(Task):
 def _scores(num_classes: int) -> nn.ModuleDict:
     return nn.ModuleDict(
         {
-            "loss": MeanMetric(),
+            "loss": MeanMetric(nan_strategy="disable"),
             "top1": MulticlassAccuracy(num_classes, average="micro"),
             "top5": MulticlassAccuracy(num_classes, average="micro", top_k=min(5, num_classes)),
         }
@@ -195,15 +199,21 @@ def run_training(config: TrainConfig) -> RunSummary | None:
     data = _read_data(config, past, world_size)
     if config.num_workers is None:
         config = replace(config, num_workers=default_workers(config.data == DIGITS))
+    if past.get("stream_workers") not in (None, config.num_workers):
+        raise ValueError(
+            f"--num-workers {config.num_workers} cannot change for a stream, whose order depends on it: "
+            f"{config.resume} had {past['stream_workers']}"
+        )
     set_threads(config.num_threads, config.num_workers or 0)
     lightning.seed_everything(config.seed, workers=True, verbose=False)
     model, info = _build_again(past) if past else _build(config, data)
     config = replace(config, model=info.model)
-    for size in (Preprocess(**info.preprocess).size, *config.augment.train_shapes()):
-        check_img_size(model, size)
+    image_size = Preprocess(**info.preprocess).size
+    for size in (image_size, *config.augment.train_shapes()):
+        check_img_size(model, size, "--img-size" if size == image_size else "--augment.train-sizes")
     weights = class_weights([label for _, label in data.train], len(data.classes), config.optim.class_weights)
     task = Classifier(model.to(memory_format=torch.channels_last), len(data.classes), config, weights)
-    batches, train_loader, val_loader, bn_loader = _loaders(config, data, Preprocess(**info.preprocess))
+    batches, train_loader, val_loader, bn_loader = _loaders(config, data, Preprocess(**info.preprocess), device)
 
     with open_run(config, f"{config.model}-{data.name}") as run:
         if not past and rank == 0:
@@ -223,7 +233,8 @@ def run_training(config: TrainConfig) -> RunSummary | None:
             callbacks.append(
                 EarlyStopping("val/top1", mode="max", patience=config.early_stopping, check_on_train_epoch_end=False)
             )
-        description = {"data": data.digest(), "info": asdict(info), "world_size": world_size}
+        description: dict[str, Any] = {"data": data.digest(), "info": asdict(info), "world_size": world_size}
+        description["stream_workers"] = config.num_workers if data.stream else None
         save_state = SaveState(run, batches, history, description, config.checkpoint_every_steps)
         callbacks += [history, save_state, EpochLines(history, EPOCH_COLUMNS)]
         if not finished:  # else only its report is missing
@@ -315,7 +326,7 @@ def _resolved(config: TrainConfig, info: ModelInfo, device: torch.device) -> Tra
 
 
 def _loaders(
-    config: TrainConfig, data: LabelledImages, preprocess: Preprocess
+    config: TrainConfig, data: LabelledImages, preprocess: Preprocess, device: torch.device
 ) -> tuple[EpochBatches | StreamBatches, DataLoader, DataLoader, Iterable[tuple[Tensor, Tensor]] | None]:
     """Batches for training, with the loader of their images; for evaluation; and for the BatchNorm statistics if they
     are to be estimated.
@@ -323,7 +334,11 @@ def _loaders(
     rank, world_size = processes()
     share: dict[str, Any] = {"rank": rank, "world_size": world_size}
     num_workers = config.num_workers or 0
-    common: dict[str, Any] = {"num_workers": num_workers, "worker_init_fn": ignore_interrupts}
+    common: dict[str, Any] = {
+        "num_workers": num_workers,
+        "worker_init_fn": ignore_interrupts,
+        "pin_memory": device.type == "cuda",
+    }
     sizes = [preprocess.size, *config.augment.train_shapes()]
     transforms = [_train_transform(config.augment, preprocess, size) for size in sizes]
     bn_size = min(config.bn_batch_size or config.batch_size, len(data.train) // world_size)

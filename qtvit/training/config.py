@@ -150,7 +150,7 @@ class TrainConfig:
         lr: peak learning rate per device: it is multiplied by the number of devices.
         checkpoint: run folder or model file to start from; default: random weights.
         resume: run folder whose training is to go on where it stopped; its own settings apply, but for data, device,
-            num_workers and num_threads.
+            num_workers, num_threads and checkpoint_every_steps.
         checkpoint_every_steps: steps after which the training state is saved within an epoch too; null for its end
             alone.
         freeze: backbone to train the classifier's head alone, stages=N to keep the first N stages as they are.
@@ -235,7 +235,7 @@ class TrainConfig:
 
 
 DEFAULT_MODEL = "qtvit_1"
-RESUMABLE = ("resume", "data", "device", "num_workers", "num_threads")
+RESUMABLE = ("resume", "data", "device", "num_workers", "num_threads", "checkpoint_every_steps")
 """Options that may be given when a run goes on."""
 
 
@@ -343,8 +343,8 @@ def _recipe_path(name: str, beside: Path | None = None) -> Path:
     return Path(str(resources.files("qtvit") / "recipes" / f"{name}.yaml"))
 
 
-def _read_recipe(path: Path) -> dict[str, Any]:
-    """The values in a recipe file, laid over those of the recipe that its key ``base`` names."""
+def _read_recipe(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The values in a recipe file, laid over those of the recipe that its key ``base`` names; ``above`` lie over it."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such recipe file")
     try:
@@ -355,7 +355,10 @@ def _read_recipe(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: a recipe is a mapping of names to values")
     base = content.pop("base", None)
     known = _dotted_names(TrainConfig)
+    groups = {name.partition(".")[0] for name in known if "." in name} | {"model_args"}
     for key, value in content.items():
+        if key in groups and not isinstance(value, dict):
+            raise ValueError(f"{path}: {key} is a mapping of names to values, got {value!r}")
         group = value if isinstance(value, dict) and key != "model_args" else {}
         for name in (str(key), *(f"{key}.{name}" for name in group)):
             if name not in known:
@@ -363,9 +366,10 @@ def _read_recipe(path: Path) -> dict[str, Any]:
     if base is None:
         return content
     below = _recipe_path(str(base), path.parent)
-    if below == path:
-        raise ValueError(f"{path}: its base is itself")
-    merged = _read_recipe(below)
+    above = (*above, path.resolve())
+    if below.resolve() in above:
+        raise ValueError(f"{path}: its base {base} lies over it already")
+    merged = _read_recipe(below, above)
     for key, value in content.items():
         merged[key] = {**merged[key], **value} if isinstance(value, dict) and key in merged else value
     return merged

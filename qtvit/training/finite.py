@@ -17,7 +17,8 @@ from qtvit.files import write_text
 
 from .task import Task
 
-BAD_BATCH = "bad_batch.json"
+BAD_BATCH = "bad_batch{}.json"
+"""With the number of the process, if there are several."""
 
 
 class StopAtNonFinite(Callback):
@@ -94,7 +95,7 @@ class StopAtNonFinite(Callback):
         keys = [key for batch in batches for key in self.batches.keys(batch)]
         indices = [index for _, index, _ in keys]
         rank = f"-{task.global_rank}" if task.trainer.world_size > 1 else ""
-        path = self.run / BAD_BATCH.replace(".", f"{rank}.")
+        path = self.run / BAD_BATCH.format(rank)
         record = {
             "problem": what,
             "layer": layer,
@@ -105,9 +106,12 @@ class StopAtNonFinite(Callback):
             "images": [str(self.names[index]) for index in indices],
         }
         write_text(path, json.dumps(record, indent=2) + "\n")
+        images = (
+            f"its images are listed in {path}" if indices else f"see {path} (which images a stream gave is not known)"
+        )
         raise FloatingPointError(
-            f"{what} in epoch {epoch + 1}, batch {batches[-1] + 1}; first bad layer: {layer}; its images are listed in "
-            f"{path}; try a lower --lr"
+            f"{what} in epoch {epoch + 1}, batch {batches[-1] + 1}; first bad layer: {layer}; {images}; "
+            "try a lower --lr"
         )
 
 

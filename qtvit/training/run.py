@@ -8,7 +8,7 @@ import shutil
 import signal
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -57,8 +57,11 @@ def num_cores() -> int:
 
 
 def default_workers(in_memory: bool) -> int:
-    """Processes to load images with: one per core less one, at most 8; none for data that is in memory already."""
-    return 0 if in_memory else min(8, max(num_cores() - 1, 1))
+    """Processes to load images with: one per core of this process's share less one, at most 8; none for data that is in
+    memory already.
+    """
+    cores = num_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return 0 if in_memory else min(8, max(cores - 1, 1))
 
 
 def set_threads(num_threads: int | None, num_workers: int) -> None:
@@ -105,12 +108,12 @@ def open_run(config: TrainConfig, default_name: str) -> Iterator[Path]:
 
 
 @contextmanager
-def clean_up(run: Path, keep: Sequence[str] = (LAST, PREVIOUS, BEST, BAD_BATCH)) -> Iterator[None]:
+def clean_up(run: Path) -> Iterator[None]:
     """After an error before anything worth keeping is saved, the run folder is removed: nothing can go on from it."""
     try:
         yield
     except BaseException:
-        if not any((run / name).exists() for name in keep):
+        if not any(any(run.glob(name)) for name in (LAST, PREVIOUS, BEST, BAD_BATCH.format("*"))):
             shutil.rmtree(run, ignore_errors=True)
         raise
 
@@ -132,11 +135,13 @@ def find_state(run: Path, world_size: int = 1) -> tuple[Path | None, dict[str, A
     if not found:
         console.say(f"{run}: no {LAST} in this folder; starting from the beginning")
         return None, {}
+    damaged: list[Path] = []
     for path in found:
         try:
             description = CheckpointFiles().load_checkpoint(path)["qtvit"]
         except Exception as error:  # torch raises nearly anything for a damaged file
             console.say(f"{path} is damaged ({type(error).__name__}); trying the checkpoint before it")
+            damaged.append(path)
             continue
         if description["world_size"] != world_size:
             before = description["world_size"]
@@ -144,6 +149,9 @@ def find_state(run: Path, world_size: int = 1) -> tuple[Path | None, dict[str, A
                 f"{run} was training in {before} process{'es' * (before != 1)}, not {world_size}; "
                 f"torchrun --nproc-per-node sets their number"
             )
+        if processes()[0] == 0:
+            for other in damaged:  # or the next one to be saved would put it in the place of the good one
+                other.replace(other.with_suffix(".damaged"))
         return path, description
     raise ValueError(f"{run}: {' and '.join(path.name for path in found)} cannot be read")
 

@@ -32,8 +32,6 @@ class Task(lightning.LightningModule):
         self.num_backoffs = 0
         self.num_steps = self.num_warmup = 1
         self.frozen = freeze(model, config.freeze)
-        if config.freeze_bn:
-            self.frozen += batch_norms(model).values()
         if config.optim.drop_path_ramp and any(isinstance(m, timm.layers.DropPath) for m in model.modules()):
             raise ValueError(f"--optim.drop-path-ramp: the rates of {type(model).__name__} are fixed; qtvit's can rise")
         if config.grad_checkpointing:
@@ -48,6 +46,9 @@ class Task(lightning.LightningModule):
         super().train(mode)
         for module in self.frozen:
             module.eval()
+        if self.config.freeze_bn:
+            for norm in batch_norms(self.model).values():  # not those of the beginning: Lightning may replace them
+                norm.eval()
         return self
 
     @property

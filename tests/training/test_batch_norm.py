@@ -120,6 +120,14 @@ TRAIN = (
 )
 
 
+def test_norms_stay_frozen_when_they_are_replaced_by_synchronised_ones(network: QTViT) -> None:
+    task = Classifier(network, NUM_CLASSES, configured(freeze_bn=True))
+    nn.SyncBatchNorm.convert_sync_batchnorm(task)
+    norms = [module for module in task.train().model.modules() if isinstance(module, nn.SyncBatchNorm)]
+    assert norms
+    assert not any(norm.training for norm in norms)
+
+
 def test_the_recipes_subset_and_what_is_saved(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[list[Tensor]] = []
     raw: list[dict[str, Tensor]] = []

@@ -38,12 +38,48 @@ def test_shipped_recipes_parse_and_say_their_command(name: str) -> None:
     parse_config(["--recipe", name, "--data", "d"])
 
 
+OFF = [
+    "--optim.weight-decay 0",
+    "--optim.warmup-epochs 0",
+    "--optim.grad-clip null",
+    "--optim.loss ce",
+    "--optim.label-smoothing 0",
+    "--optim.drop-path-ramp false",
+    "--augment.mixup 0",
+    "--augment.cutmix 0",
+    "--augment.auto-augment null",
+    "--augment.interpolation bicubic",
+    "--augment.random-erasing 0",
+    "--augment.train-sizes []",
+    "--model-args.drop_path_rate 0",
+    "--ema.mesa-ratio 0",
+    "--ema.mesa-ratio 0 --ema.decay 0",
+    "--bn-images 0",
+]
+
+
+@pytest.mark.parametrize("off", OFF)
+def test_each_part_of_a_recipe_can_be_switched_off(off: str) -> None:
+    recipe = ["--recipe", "imagenet/qtvit_4", "--data", "d"]
+    config, whole = parse_config([*recipe, *off.split()]), parse_config(recipe)
+    assert config != whole
+    flat = [
+        {**vars(c), **{f"{g}.{k}": v for g in ("optim", "augment", "ema") for k, v in vars(getattr(c, g)).items()}}
+        for c in (config, whole)
+    ]
+    changed = {name for name in flat[0] if flat[0][name] != flat[1][name]} - {"optim", "augment", "ema"}
+    assert changed == {name[2:].replace("-", "_").split(".drop_path_rate")[0] for name in off.split()[::2]}
+
+
 def test_a_recipe_lies_over_its_base(tmp_path: Path) -> None:
     (tmp_path / "low.yaml").write_text("{epochs: 7, lr: 0.5, optim: {weight_decay: 0.3, loss: bce}}")
     (tmp_path / "mine.yaml").write_text("{base: low.yaml, lr: 0.1, optim: {loss: ce}, augment: {hflip: 0.2}}")
     config = parse_config(["--recipe", str(tmp_path / "mine.yaml"), "--data", "d", "--epochs", "9"])
     assert (config.epochs, config.lr, config.augment.hflip) == (9, 0.1, 0.2)
     assert (config.optim.weight_decay, config.optim.loss) == (0.3, "ce")
+    (tmp_path / "low.yaml").write_text("base: mine.yaml")
+    with pytest.raises(ValueError, match=r"low\.yaml: its base mine\.yaml lies over it already"):
+        parse_config(["--recipe", str(tmp_path / "mine.yaml"), "--data", "d"])
     (tmp_path / "other.yaml").write_text("base: quickstart")
     assert parse_config(["--recipe", str(tmp_path / "other.yaml")]).data == "digits"
 
@@ -126,7 +162,9 @@ def test_mistakes_on_the_command_line(argv: list[str], message: str) -> None:
         ({"optim": {"weight_decai": 1}}, "unknown key 'optim.weight_decai'; did you mean optim.weight_decay"),
         ({"lr": "abc"}, "lr: Expected a float"),
         ([1], "a recipe is a mapping"),
-        ({"base": "mine.yaml"}, "mine.yaml: its base is itself"),
+        ({"base": "mine.yaml"}, "mine.yaml: its base mine.yaml lies over it already"),
+        ({"augment": None}, "augment is a mapping of names to values, got None"),
+        ({"model_args": 3}, "model_args is a mapping of names to values, got 3"),
         ({"base": "quikstart"}, "unknown recipe 'quikstart'; did you mean quickstart"),
     ],
 )

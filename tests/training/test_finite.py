@@ -1,6 +1,7 @@
 """Training stops at the first number that is not finite, says where it comes from, and steps no further."""
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,12 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor, nn
 
-from qtvit.data import ImageDataset, load_labelled_images
+from qtvit.data import EvalTransform, ImageDataset, load_labelled_images
 from qtvit.data.sampling import EpochBatches
 from qtvit.models import Architecture, QTViT
 from qtvit.training.classify import Classifier
 from qtvit.training.finite import BAD_BATCH, StopAtNonFinite
-from qtvit.training.run import build_trainer
+from qtvit.training.run import build_trainer, clean_up
 from qtvit_cli import main
 
 from .fit import NUM_CLASSES, Batch, configured, fit, fit_with, random_batches
@@ -111,7 +112,7 @@ def test_the_layer_the_images_and_no_step(
     if spoil is infinite_gradient and accumulate == 2:  # the gradients of both are added up
         bad = [batch, batch + 1]
     assert f"{message} in epoch 1, batch {bad[-1] + 1}; first bad layer: {layer};" in str(error.value)
-    record = json.loads((tmp_path / BAD_BATCH).read_text())
+    record = json.loads((tmp_path / BAD_BATCH.format("")).read_text())
     indices = [index for number in bad for _, index, _ in stop.batches.keys(number)]
     assert record["indices"] == indices
     assert record["images"] == [NAMES[index] for index in indices]
@@ -195,8 +196,27 @@ def test_at_the_command_line(
     error = capsys.readouterr().err
     assert error.startswith("qtvit: error: the loss is nan in epoch 1, batch ")
     assert error.count("\n") == 1
-    assert f"listed in run/{BAD_BATCH}" in error
-    record = json.loads((tmp_path / "run" / BAD_BATCH).read_text())
+    assert "listed in run/bad_batch.json" in error
+    record = json.loads((tmp_path / "run" / BAD_BATCH.format("")).read_text())
     start = read.index(bad) // 8 * 8
     assert record["images"] == read[start : start + 8]
     assert (tmp_path / "run" / "config.yaml").is_file()
+
+
+def test_in_the_evaluation(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(EvalTransform, "forward", lambda self, image: torch.full((3, *self.size), math.nan))
+    argv = f"train classify --model qtvit_nano --data {photos} --img-size 8 --epochs 1 --batch-size 8 --num-workers 0"
+    assert main([*argv.split(), "--output", str(tmp_path / "run")]) == 2
+    assert "the held-out loss of the trained weights is nan" in capsys.readouterr().err
+
+
+def test_the_record_of_any_process_outlives_the_error(tmp_path: Path) -> None:
+    for name, kept in (("bad_batch-1.json", True), ("bad_batch.json", True), ("config.yaml", False)):
+        run = tmp_path / name.partition(".")[0]
+        run.mkdir()
+        (run / name).touch()
+        with pytest.raises(FloatingPointError), clean_up(run):
+            raise FloatingPointError
+        assert run.exists() == kept

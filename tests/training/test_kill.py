@@ -122,6 +122,7 @@ def random_moments(seed: int, num: int) -> list[tuple[str, int]]:
             False,
         ),
         ([("step", 5)], 2, True),
+        ([("step", 3)], 2, False),
         (random_moments(1, 3), 0, True),
     ],
 )

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from filelock import FileLock
 
 from qtvit.training.callbacks import LAST, PREVIOUS, EstimateBatchNorm
@@ -121,6 +122,8 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(
     assert main(["train", "classify", "--resume", str(tmp_path / "run")]) == 0
     assert f"{last} is damaged" in capsys.readouterr().out
     same_end(tmp_path / "run", uninterrupted)
+    assert torch.load(tmp_path / "run" / PREVIOUS, weights_only=True)["epoch"] == 1  # the good one is still there
+    assert last.with_suffix(".damaged").stat().st_size == 1000
     for name in (LAST, PREVIOUS):
         (tmp_path / "run" / name).write_bytes(b"")
     assert main(["train", "classify", "--resume", str(tmp_path / "run")]) == 2
