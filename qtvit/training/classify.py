@@ -1,6 +1,7 @@
 """Training a classifier: configuration in, run folder out."""
 
 import json
+import math
 import random
 import warnings
 from collections.abc import Iterable, Sequence
@@ -149,7 +150,7 @@ class Classifier(Task):
 def _scores(num_classes: int) -> nn.ModuleDict:
     return nn.ModuleDict(
         {
-            "loss": MeanMetric(nan_strategy="disable"),
+            "loss": MeanMetric(nan_strategy=math.nan),  # by default it leaves NaN out
             "top1": MulticlassAccuracy(num_classes, average="micro"),
             "top5": MulticlassAccuracy(num_classes, average="micro", top_k=min(5, num_classes)),
         }
