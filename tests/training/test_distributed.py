@@ -60,7 +60,7 @@ def torchrun(folder: Path, *commands: tuple[str, tuple[str, int] | None]) -> tup
         start_new_session=True,
     )
     try:
-        return process.communicate(timeout=300)
+        return process.communicate(timeout=900)
     except BaseException:
         os.killpg(process.pid, signal.SIGKILL)
         raise
