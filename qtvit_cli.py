@@ -397,7 +397,7 @@ def bench_train(args: argparse.Namespace) -> None:
         device=args.device,
         autocast={"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(args.precision),
     )
-    print(", ".join(f"{name} {value}" for name, value in {**result["environment"], **result["settings"]}.items()))
+    _print_settings(result)
     print(f"\n{'model':<20}{'kept MB/image':>14}{'ratio':>7}{'step ms':>10}  ratio (quartiles)")
     for name, row in result["models"].items():
         step = row["step_ratio"]
@@ -407,6 +407,11 @@ def bench_train(args: argparse.Namespace) -> None:
         )
     if args.json:
         _write_json(args.json, result)
+
+
+def _print_settings(result: dict[str, Any]) -> None:
+    """What a benchmark's numbers depend on."""
+    print(", ".join(f"{name} {value}" for name, value in {**result["environment"], **result["settings"]}.items()))
 
 
 def bench_loader(args: argparse.Namespace) -> None:
@@ -430,7 +435,7 @@ def bench_loader(args: argparse.Namespace) -> None:
         auto_augment=args.auto_augment,
         device=args.device,
     )
-    print(", ".join(f"{name} {value}" for name, value in {**result["environment"], **result["settings"]}.items()))
+    _print_settings(result)
     print(f"\n{'loader':<10}{'images/s':>10}  ratio (quartiles)")
     for name, row in result["loaders"].items():
         ratio = row["ratio"]

@@ -315,8 +315,8 @@ def _resolved(config: TrainConfig, info: ModelInfo, device: torch.device) -> Tra
     """``config`` with what it left open, so that it repeats the run from anywhere."""
     return replace(
         config,
-        data=config.data if config.data == DIGITS or "://" in config.data else str(Path(config.data).resolve()),
-        checkpoint=None if config.checkpoint is None else str(Path(config.checkpoint).resolve()),
+        data=config.data if config.data == DIGITS else _absolute(config.data) or config.data,
+        checkpoint=_absolute(config.checkpoint),
         output=None,
         resume=None,
         img_size="x".join(map(str, info.preprocess["size"])),
@@ -324,6 +324,11 @@ def _resolved(config: TrainConfig, info: ModelInfo, device: torch.device) -> Tra
         device=str(device),
         num_threads=torch.get_num_threads(),
     )
+
+
+def _absolute(name: str | None) -> str | None:
+    """The whole path, if ``name`` is one, and not a URL or the name of what comes with the package."""
+    return str(Path(name).resolve()) if name is not None and Path(name).exists() else name
 
 
 def _loaders(

@@ -1,9 +1,15 @@
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image, ImageDraw
+from torch import nn
 
+from qtvit.models import Architecture, QTViT
 from qtvit_cli import main
+
+from .fit import NUM_CLASSES
 
 COLORS = {"blue": (40, 60, 200), "green": (40, 180, 60), "red": (200, 50, 40)}
 
@@ -20,6 +26,18 @@ def draw(path: Path, color: tuple[int, int, int], offset: int) -> None:
 def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Commands write to runs/ in the current folder."""
     monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def network(
+    tiny_architectures: Mapping[str, Architecture], randomize: Callable[[nn.Module, int], nn.Module]
+) -> Callable[..., QTViT]:
+    """Builds the shrunken nano, with weights under which every part of it matters."""
+
+    def build(**args: Any) -> QTViT:
+        return randomize(QTViT(tiny_architectures["nano"], num_classes=NUM_CLASSES, img_size=16, **args), 0)
+
+    return build
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,6 @@
 """What changes how a step is computed but not what it computes: precision, accumulation, checkpointing, compilation."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 
-from qtvit.models import Architecture, QTViT
+from qtvit.models import QTViT
 from qtvit.training.classify import Classifier
 from qtvit.training.config import TrainConfig
 from qtvit_cli import main
@@ -19,16 +19,6 @@ from .fit import NUM_CLASSES, Batch, configured, fit, random_batches
 pytestmark = pytest.mark.filterwarnings("ignore:.*no `val_dataloader`")
 
 Network = Callable[..., QTViT]
-
-
-@pytest.fixture
-def network(
-    tiny_architectures: Mapping[str, Architecture], randomize: Callable[[nn.Module, int], nn.Module]
-) -> Network:
-    def build(**args: Any) -> QTViT:
-        return randomize(QTViT(tiny_architectures["nano"], num_classes=NUM_CLASSES, img_size=16, **args), 0)
-
-    return build
 
 
 class Losses(Classifier):

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from qtvit.data.sampling import seed_everywhere
 from qtvit.layers import DropPath
-from qtvit.models import Architecture, QTViT
+from qtvit.models import QTViT
 from qtvit.training import mixing
 from qtvit.training.classify import Classifier, classification_loss
 from qtvit.training.config import TrainConfig
@@ -39,16 +39,6 @@ ON: dict[str, dict[str, Any]] = {
     "augment": {"mixup": 0.5, "cutmix": 0.5, "mix_alpha": 0.8},
     "ema": {"decay": 0.9, "warmup_steps": 5, "mesa_ratio": 2.0, "mesa_start": 0.25},
 }
-
-
-@pytest.fixture(scope="module")
-def network(
-    tiny_architectures: Mapping[str, Architecture], randomize: Callable[[nn.Module, int], nn.Module]
-) -> Network:
-    def build(**args: Any) -> QTViT:
-        return randomize(QTViT(tiny_architectures["nano"], num_classes=NUM_CLASSES, img_size=16, **args), 0)
-
-    return build
 
 
 class Watch(Callback):

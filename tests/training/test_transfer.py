@@ -232,3 +232,9 @@ def test_timm_models_follow_timms_rule_of_decay() -> None:
 def test_values_that_are_not_accepted(option: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         parse_config(["--data", "d", option])
+
+
+def test_the_saved_config_keeps_the_name_of_shipped_weights(photos: Path, tmp_path: Path) -> None:
+    qtvit.train_classifier(data=str(photos), checkpoint="nano-cifar10", output="run", **{**FAST, "model": "qtvit_nano"})
+    config = parse_config(["--recipe", str(tmp_path / "run" / "config.yaml")])
+    assert (config.checkpoint, config.data) == ("nano-cifar10", str(photos))
