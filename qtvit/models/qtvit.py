@@ -73,6 +73,8 @@ class Architecture:
         act: name of the activation, as in ``timm.layers``.
         norm_eps: eps of every norm.
         img_size: side for which the positional maps are laid out by default.
+        conv_init: initial weights of convolutions: "trunc_normal" of 0.02, as in the paper, or "kaiming" (normal, by
+            fan-in), with which a narrow network does not begin almost silent where blocks have no inner norms.
     """
 
     stages: tuple[Stage, ...]
@@ -81,6 +83,7 @@ class Architecture:
     act: str = "hard_swish"
     norm_eps: float = 1e-5
     img_size: int = 224
+    conv_init: Literal["trunc_normal", "kaiming"] = "trunc_normal"
 
 
 # Its op dispatches on shapes, dtypes and devices, which torch.fx cannot trace; as a leaf it can stay in a traced graph.
@@ -106,9 +109,12 @@ class AttentionBlock(nn.Module):
 
 
 @torch.no_grad()
-def _init_weights(module: nn.Module) -> None:
+def _init_weights(module: nn.Module, conv_init: str = "trunc_normal") -> None:
     if isinstance(module, (nn.Conv2d, nn.Linear)):
-        nn.init.trunc_normal_(module.weight, std=0.02)
+        if isinstance(module, nn.Conv2d) and conv_init == "kaiming":
+            nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+        else:
+            nn.init.trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
 
@@ -239,8 +245,10 @@ class QTViT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Truncated normal 0.02 for convolutions and linear layers; the last norm of a residual branch starts at 0."""
-        self.apply(_init_weights)
+        """``cfg.conv_init`` for convolutions, truncated normal 0.02 for linear layers; the last norm of a residual
+        branch starts at 0.
+        """
+        self.apply(partial(_init_weights, conv_init=self.cfg.conv_init))
         for name, module in self.named_modules():
             if isinstance(module, DropPath):
                 module.init_non_persistent_buffers()
@@ -429,6 +437,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         head_dim=16,
         head_widths=(128, 128),
         img_size=32,
+        conv_init="kaiming",
     ),
     "qtvit_0": Architecture(_family_b((8, 16, 32, 64, 128), (1, 2, 2, 2, 2)), 16, (1024, 1280)),
     "qtvit_1": Architecture(_family_b((16, 32, 64, 128, 256), (1, 2, 3, 3, 4)), 16, (1536, 1600)),

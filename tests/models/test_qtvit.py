@@ -139,6 +139,15 @@ def test_unknown_kernel() -> None:
         timm.create_model("qtvit_nano", kernel="tailor2")
 
 
+def test_kaiming_initialisation() -> None:
+    model = timm.create_model("qtvit_nano")
+    convs = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
+    scaled = torch.cat([m.weight.flatten() * (m.weight[0].numel() / 2) ** 0.5 for m in convs])
+    assert scaled.std().item() == pytest.approx(1, rel=0.02)
+    assert model.head.hidden.weight.std().item() == pytest.approx(0.02, rel=0.05)
+    assert all(arch.conv_init == "trunc_normal" for name, arch in ARCHITECTURES.items() if name != "qtvit_nano")
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_initialisation(family: str, tiny_architectures: Architectures) -> None:
     model = QTViT(tiny_architectures[family], kernel="taylor2").train()
