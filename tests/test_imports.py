@@ -26,6 +26,8 @@ LAYERS = [
     {"qtvit", "__main__"},
 ]
 RANK = {package: rank for rank, packages in enumerate(LAYERS) for package in packages}
+NEED_EXTRAS = ["data/stream.py", "training/*"]
+CORE = {"qtvit", "qtvit_cli", "torch", "torchvision", "timm", "safetensors", "numpy", "PIL", "tqdm"}
 HEAVY = ["lightning", "pytorch_lightning", "torchmetrics", "jsonargparse", "matplotlib", "sklearn", "tensorboard"]
 
 
@@ -63,3 +65,14 @@ def test_importing_qtvit_is_light() -> None:
     script = f"import sys, qtvit; print([name for name in {HEAVY} if name in sys.modules])"
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT.parent)
     assert result.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_modules_import_no_extras_but_where_they_are_needed(path: Path) -> None:
+    if any(path.relative_to(ROOT).match(pattern) for pattern in NEED_EXTRAS):
+        return
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Import):
+            assert {alias.name.split(".")[0] for alias in node.names} <= CORE | sys.stdlib_module_names
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            assert str(node.module).split(".")[0] in CORE | sys.stdlib_module_names
