@@ -1,6 +1,6 @@
 """Building blocks of the network: convolutional blocks and multi-scale Taylor attention."""
 
-from .attention import MultiScaleAttention
+from .attention import LinearAttention, MultiScaleAttention
 from .conv import ConvNormAct, ConvPair, DSConv, FusedMBConv, MBConv, Residual
 from .drop_path import DropPath, set_drop_path
 from .lean import recompute
@@ -11,6 +11,7 @@ __all__ = [
     "DSConv",
     "DropPath",
     "FusedMBConv",
+    "LinearAttention",
     "MBConv",
     "MultiScaleAttention",
     "Residual",

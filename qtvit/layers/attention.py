@@ -1,14 +1,18 @@
-"""Multi-scale Taylor attention, the module that QT-ViT puts in place of EfficientViT's ReLU linear attention.
+"""Multi-scale Taylor attention, the module that QT-ViT puts in place of EfficientViT's ReLU linear attention; and
+attention with the same kernels for plain vision transformers.
 
 Shapes: B batch, C channels, H x W the feature map, N = H·W tokens, D channels per head, S = 2 scales, heads = C // D
 per scale.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qtvit.ops import get_kernel, linear_attention_cf
+from qtvit.ops import get_kernel, linear_attention, linear_attention_cf, masked_softmax_attention_cf
 
 from .conv import ConvNormAct
 from .lean import norm_act
@@ -24,38 +28,61 @@ class MultiScaleAttention(nn.Module):
         map_size: (H, W) of the learned positional map; it is resized to whatever size the input has.
         kernel: a name in ``qtvit.ops.KERNELS``.
         norm_eps: eps of the BatchNorms.
+        ape: whether there is a positional map ("absolute positional embedding").
+        shortcut: whether there is a shortcut.
+        softmax_residual: threshold of `qtvit.ops.masked_softmax_attention_cf`, which is added while training, and only
+            then (paper, Table 7); 0.02 in Castling-ViT's code. None: no such thing.
     """
 
     num_scales = 2
 
     def __init__(
-        self, chans: int, *, head_dim: int, map_size: tuple[int, int], kernel: str = "taylor2", norm_eps: float = 1e-5
+        self,
+        chans: int,
+        *,
+        head_dim: int,
+        map_size: tuple[int, int],
+        kernel: str = "taylor2",
+        norm_eps: float = 1e-5,
+        ape: bool = True,
+        shortcut: bool = True,
+        softmax_residual: float | None = None,
     ) -> None:
         super().__init__()
         if chans % head_dim:
             raise ValueError(f"width {chans} of an attention stage is not a multiple of head_dim {head_dim}")
+        if softmax_residual is not None and not 0 < softmax_residual < 1:
+            raise ValueError(f"softmax_residual is a threshold between 0 and 1 such as 0.02, got {softmax_residual}")
         heads = chans // head_dim
         self.head_dim = head_dim
         self.kernel = kernel
-        self.scalars = nn.ParameterDict(
-            {name: nn.Parameter(torch.tensor(value)) for name, value in get_kernel(kernel).scalars.items()}
-        )
+        self.softmax_residual = softmax_residual
+        self.scalars = _learnable_scalars(kernel)
         self.qkv = nn.Conv2d(chans, 3 * chans, 1, bias=False)
         self.aggregate = nn.Sequential(
             nn.Conv2d(3 * chans, 3 * chans, 5, padding=2, groups=3 * chans, bias=False),
             nn.Conv2d(3 * chans, 3 * chans, 1, groups=3 * heads, bias=False),
         )
-        self.pos_embed = nn.Parameter(torch.zeros(1, self.num_scales * chans, *map_size))
-        self.shortcut_norm = nn.BatchNorm1d(head_dim, eps=norm_eps)
+        self.pos_embed = nn.Parameter(torch.zeros(1, self.num_scales * chans, *map_size)) if ape else None
+        self.shortcut_norm = nn.BatchNorm1d(head_dim, eps=norm_eps) if shortcut else None
         self.shortcut_act = nn.GELU()
         self.proj = ConvNormAct(self.num_scales * chans, chans, 1, norm_eps=norm_eps)
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.multi_scale_qkv(x)
-        k = k + self.position(x.shape[-2:]).to(k.dtype)
+        q, k, v = self.tokens(x)
         out = linear_attention_cf(q, k, v, self.kernel, dict(self.scalars.items()))
-        out = out + self.shortcut(v)
+        if self.softmax_residual is not None and self.training:
+            out = out + masked_softmax_attention_cf(q, k, v, self.softmax_residual)
+        if self.shortcut_norm is not None:
+            out = out + self.shortcut(v)
         return self.proj(out.flatten(1, 2).unflatten(-1, x.shape[-2:]))
+
+    def tokens(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, C, H, W) -> the q, k, v that attention sees, each (B, S·heads, D, N); N counts row by row."""
+        q, k, v = self.multi_scale_qkv(x)
+        if self.pos_embed is not None:
+            k = k + self.position(x.shape[-2:]).to(k.dtype)
+        return q, k, v
 
     def multi_scale_qkv(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(B, C, H, W) -> q, k, v, each (B, S·heads, D, N); keys are still without position.
@@ -69,9 +96,78 @@ class MultiScaleAttention(nn.Module):
 
     def position(self, size: torch.Size) -> Tensor:
         """The positional map at ``size`` (H, W), as keys: (1, S·heads, D, N). Exactly the parameter at its own size."""
+        assert self.pos_embed is not None
         resized = F.interpolate(self.pos_embed, size=size, mode="bicubic", align_corners=False)
         return resized.flatten(2).unflatten(1, (-1, self.head_dim))
 
     def shortcut(self, v: Tensor) -> Tensor:
         """GELU(BN(v)); the statistics over D are shared by all heads. (B, S·heads, D, N), same out."""
+        assert self.shortcut_norm is not None
         return norm_act(v.flatten(0, 1), self.shortcut_norm, self.shortcut_act).unflatten(0, v.shape[:2])
+
+
+class LinearAttention(nn.Module):
+    """Self-attention with a linear kernel, for timm's transformers: ``attn_layer=LinearAttention``, or
+    ``partial(LinearAttention, kernel="relu")``. (B, N, C) -> (B, N, C).
+
+    Parameters have the names of ``timm.layers.Attention``, besides the kernel's scalars, so its weights load.
+
+    Args:
+        dim: C, a multiple of ``num_heads``.
+        num_heads: heads of D = C // num_heads channels.
+        qkv_bias, proj_bias: whether the linear layers have biases.
+        qk_norm: whether ``norm_layer(D)`` is applied to queries and keys.
+        attn_drop: 0; there are no weights that could be dropped.
+        proj_drop: dropout behind the projection.
+        norm_layer: for ``qk_norm``.
+        kernel: a name in ``qtvit.ops.KERNELS``.
+        device, dtype: as for any ``torch.nn`` module.
+
+    Raises:
+        ValueError: an unknown kernel, a dim that heads cannot share, ``attn_drop``, or ``qk_norm`` without a norm; in
+            ``forward`` a mask.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int = 8,
+        qkv_bias: bool = False,
+        qk_norm: bool = False,
+        proj_bias: bool = True,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+        norm_layer: Callable[..., nn.Module] | None = None,
+        kernel: str = "taylor2",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if dim % num_heads:
+            raise ValueError(f"dim {dim} is not a multiple of num_heads {num_heads}")
+        if attn_drop:
+            raise ValueError(f"linear attention has no weights to drop: attn_drop has to be 0, got {attn_drop}")
+        if qk_norm and norm_layer is None:
+            raise ValueError("qk_norm needs a norm_layer")
+        where: dict[str, Any] = {"device": device, "dtype": dtype}
+        head_dim = dim // num_heads
+        self.num_heads = num_heads
+        self.kernel = kernel
+        self.scalars = _learnable_scalars(kernel).to(**where)
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, **where)
+        self.q_norm = norm_layer(head_dim, **where) if qk_norm and norm_layer else nn.Identity()
+        self.k_norm = norm_layer(head_dim, **where) if qk_norm and norm_layer else nn.Identity()
+        self.proj = nn.Linear(dim, dim, bias=proj_bias, **where)
+        self.proj_drop = nn.Dropout(proj_drop)
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        if attn_mask is not None or is_causal:
+            raise ValueError("LinearAttention sums over all tokens once, for all queries: it takes no mask")
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        out = linear_attention(self.q_norm(q), self.k_norm(k), v, self.kernel, dict(self.scalars.items()))
+        return self.proj_drop(self.proj(out.transpose(1, 2).flatten(2)))
+
+
+def _learnable_scalars(kernel: str) -> nn.ParameterDict:
+    scalars = get_kernel(kernel).scalars
+    return nn.ParameterDict({name: nn.Parameter(torch.tensor(value)) for name, value in scalars.items()})

@@ -182,6 +182,7 @@ class QTViT(nn.Module):
         num_classes: outputs of the classifier; 0 leaves it out.
         global_pool: pooling of the head, "avg", "max" or "avgmax"; "" for none, see `ClassifierHead`.
         kernel: attention kernel, a name in ``qtvit.ops.KERNELS``.
+        ape, shortcut, softmax_residual: parts of the attention, see `qtvit.layers.MultiScaleAttention`.
         drop_rate: dropout before the classifier.
         drop_path_rate: stochastic depth of the last residual unit, in [0, 1); unit i of n, counted from 0, gets
             ``drop_path_rate * (i + 1) / n``. An attention block is two units, family B's stem block none.
@@ -202,6 +203,9 @@ class QTViT(nn.Module):
         num_classes: int = 1000,
         global_pool: str = "avg",
         kernel: str = "taylor2",
+        ape: bool = True,
+        shortcut: bool = True,
+        softmax_residual: float | None = None,
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
         drop_path_skip: int = 0,
@@ -217,6 +221,13 @@ class QTViT(nn.Module):
         self.kernel = kernel
         self.grad_checkpointing = False
 
+        attention: dict[str, Any] = {
+            "head_dim": cfg.head_dim,
+            "kernel": kernel,
+            "ape": ape,
+            "shortcut": shortcut,
+            "softmax_residual": softmax_residual,
+        }
         drop_paths = _drop_paths(cfg.stages, drop_path_rate, drop_path_skip)
         self.stages = nn.Sequential()
         self.feature_info: list[dict[str, Any]] = []
@@ -224,7 +235,8 @@ class QTViT(nn.Module):
         for i, stage in enumerate(cfg.stages):
             reduction *= stage.stride
             map_size = (-(-self.img_size[0] // reduction), -(-self.img_size[1] // reduction))
-            blocks = [_residual_block(stage, cfg, map_size, kernel, drop_paths) for _ in range(stage.depth)]
+            attention["map_size"] = map_size
+            blocks = [_residual_block(stage, cfg, attention, drop_paths) for _ in range(stage.depth)]
             self.stages.append(nn.Sequential(_first_block(stage, chans, cfg), *blocks))
             chans = stage.width
             self.feature_info.append({"num_chs": chans, "reduction": reduction, "module": f"stages.{i}"})
@@ -377,7 +389,7 @@ def _first_block(stage: Stage, in_chans: int, cfg: Architecture) -> nn.Module:
 
 
 def _residual_block(
-    stage: Stage, cfg: Architecture, map_size: tuple[int, int], kernel: str, drop_paths: Iterator[nn.Module]
+    stage: Stage, cfg: Architecture, attention: dict[str, Any], drop_paths: Iterator[nn.Module]
 ) -> nn.Module:
     width = stage.width
     common: dict[str, Any] = {"norm_eps": cfg.norm_eps, "act": cfg.act}
@@ -392,9 +404,7 @@ def _residual_block(
         case "fused":
             return Residual(FusedMBConv(width, width, expand=stage.expand, **common), next(drop_paths))
         case "attn":
-            attn = MultiScaleAttention(
-                width, head_dim=cfg.head_dim, map_size=map_size, kernel=kernel, norm_eps=cfg.norm_eps
-            )
+            attn = MultiScaleAttention(width, norm_eps=cfg.norm_eps, **attention)
             local = MBConv(width, width, expand=stage.expand, fewer_norm=stage.fewer_norm, **common)
             return AttentionBlock(attn, local, next(drop_paths), next(drop_paths))
 

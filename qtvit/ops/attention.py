@@ -1,14 +1,15 @@
-"""Linear attention: O(N) in the number of tokens, in both layouts.
+"""Attention with any kernel: O(N) in the number of tokens unless it is softmax; in both layouts.
 
 Shapes: B batch, D channels per head of q and k, E channels per head of v, N query tokens, M key tokens, F features.
 """
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
 from qtvit.errors import unknown_name
 
@@ -32,7 +33,7 @@ def linear_attention(
 
     O_i = Σ_j w_ij v_j / Σ_j w_ij (paper, eq. 3) with w_ij = <φ_q(q_i), φ_k(k_j)>, in O(N + M) time and memory. Takes
     fp32, bf16 and fp16 with or without autocast: norms, sums over tokens and the division run in fp32 (fp64 stays
-    fp64).
+    fp64). ``kernel="softmax"`` is `torch.nn.functional.scaled_dot_product_attention` under the same rules, in O(N·M).
 
     Args:
         q: (B, heads, N, D).
@@ -59,27 +60,82 @@ def linear_attention_cf(
     """
     _check_shapes(q, k, v)
     spec = get_kernel(kernel)
-    autocast = q.device.type in AUTOCAST_DEVICES and torch.is_autocast_enabled(q.device.type)
-    upcast = _upcast if autocast else _upcast_saturating
-    with torch.autocast(q.device.type, enabled=False) if autocast else contextlib.nullcontext():
+    with _full_precision(q) as upcast:
         given = {name: upcast(value) for name, value in _resolve_scalars(spec, scalars, q).items()}
-        f_q, f_k, const = spec.features(upcast(q), upcast(k), **given)
-        values = _upcast(v)
+        q, k, values = upcast(q), upcast(k), upcast(v)
+        if spec.features is None:
+            out = scaled_dot_product_attention(q.mT.contiguous(), k.mT.contiguous(), values.mT.contiguous()).mT
+            return out.to(v.dtype)
+        f_q, f_k, const = spec.features(q, k, **given)
         # w_ij = <f_q_i, f_k_j> + const, summed over j before it meets the query: nothing here is N x M.
-        numerator = (values @ f_k.mT) @ f_q + const * values.sum(-1, keepdim=True)
+        out = (values @ f_k.mT) @ f_q
+        if has_const := isinstance(const, Tensor) or const != 0:
+            out = out + const * values.sum(-1, keepdim=True)
         if not spec.normalized:
-            return numerator.to(v.dtype)
-        weight_sum = f_k.sum(-1, keepdim=True).mT @ f_q + const * k.shape[-1]
-        return (numerator / (weight_sum + EPS)).to(v.dtype)
+            return _saturate(out, v.dtype)
+        weight_sum = f_k.sum(-1, keepdim=True).mT @ f_q
+        if has_const:
+            weight_sum = weight_sum + const * k.shape[-1]
+        return (out / (weight_sum + EPS)).to(v.dtype)
+
+
+def attention_weights(
+    q: Tensor, k: Tensor, kernel: str = "taylor2", scalars: Mapping[str, Tensor | float] | None = None
+) -> Tensor:
+    """The exact weights with which `linear_attention` averages the values: any rows of the N x M matrix it never forms.
+
+    A row costs O(M·F), so ask for the queries of interest. ``attention_weights(q, k) @ v`` is the output of
+    `linear_attention`. The weights of a normalised kernel sum to 1 over the keys; `qtvit.ops.kernels` has the others.
+
+    Args:
+        q: (B, heads, N, D), the queries of interest.
+        k: (B, heads, M, D), all keys.
+        kernel, scalars: as for `linear_attention`.
+
+    Returns:
+        (B, heads, N, M) in fp32 (fp64 for fp64).
+    """
+    _check_shapes(q.mT, k.mT, k.mT)
+    spec = get_kernel(kernel)
+    with _full_precision(q) as upcast:
+        given = {name: upcast(value) for name, value in _resolve_scalars(spec, scalars, q).items()}
+        q, k = upcast(q), upcast(k)
+        if spec.features is None:
+            return (q @ k.mT / q.shape[-1] ** 0.5).softmax(-1)
+        f_q, f_k, const = spec.features(q.mT, k.mT, **given)
+        weights = f_q.mT @ f_k + const
+        return weights / (weights.sum(-1, keepdim=True) + EPS) if spec.normalized else weights
+
+
+def masked_softmax_attention_cf(q: Tensor, k: Tensor, v: Tensor, threshold: float = 0.02) -> Tensor:
+    """Softmax attention of which only weights above ``threshold`` count, channels-first; O(N·M) time and memory.
+
+    The high-order residual that ViTALiTy and Castling-ViT add to linear attention while they train (paper, Table 7):
+    large weights are what linear attention lacks. 0.02 is the threshold of Castling-ViT's published code; what is left
+    is not normalised again.
+
+    q (B, heads, D, N), k (B, heads, D, M), v (B, heads, E, M) -> (B, heads, E, N).
+    """
+    _check_shapes(q, k, v)
+    with _full_precision(q) as upcast:
+        weights = (upcast(q).mT @ upcast(k) / q.shape[-2] ** 0.5).softmax(-1)
+        return (upcast(v) @ weights.masked_fill(weights <= threshold, 0).mT).to(v.dtype)
+
+
+@contextlib.contextmanager
+def _full_precision(like: Tensor) -> Iterator[Callable[[Tensor], Tensor]]:
+    """Autocast off for ``like``'s device; gives what casts inputs to fp32."""
+    autocast = like.device.type in AUTOCAST_DEVICES and torch.is_autocast_enabled(like.device.type)
+    with torch.autocast(like.device.type, enabled=False) if autocast else contextlib.nullcontext():
+        yield _upcast if autocast else _upcast_saturating
 
 
 def _resolve_scalars(kernel: Kernel, given: Mapping[str, Tensor | float] | None, like: Tensor) -> dict[str, Tensor]:
     """The kernel's scalars as tensors on ``like``'s device, with initial values where none is given."""
     given = given or {}
-    known = (*kernel.scalars, *kernel.optional_scalars)
     for name in given:
-        if name not in known:
-            raise unknown_name("kernel scalar", name, known)
+        if name not in kernel.scalars:
+            raise unknown_name("kernel scalar", name, kernel.scalars)
     dtype = torch.promote_types(like.dtype, torch.float32)
     return {
         name: value.to(like.device)
@@ -101,6 +157,13 @@ def _check_shapes(q: Tensor, k: Tensor, v: Tensor) -> None:
 
 def _upcast(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _saturate(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x as ``dtype``; of what is too large for fp16, fp16's largest number."""
+    if dtype == torch.float16:
+        x = x.clamp(-torch.finfo(dtype).max, torch.finfo(dtype).max)
+    return x.to(dtype)
 
 
 def _upcast_saturating(x: Tensor) -> Tensor:

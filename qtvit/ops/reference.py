@@ -3,10 +3,13 @@
 Everything here is in the layout (B, heads, N, D) and in the dtype of its input; pass float64 for a reference.
 """
 
+import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from .kernels import EPS, KERNELS
 
@@ -62,9 +65,70 @@ def taylor2_paper_weights(
     return phi(q) @ phi(k).mT
 
 
+def taylor2_full_weights(q: Tensor, k: Tensor) -> Tensor:
+    """w_ij = ½(s + 1)² + ½, s = <q_i, k_j>/√D (eq. 4)."""
+    return exp_taylor2(q @ k.mT / q.shape[-1] ** 0.5)
+
+
+def taylor1_weights(q: Tensor, k: Tensor) -> Tensor:
+    """w_ij = (1 + <q_i, k_j - mean of k>/√D) / M."""
+    weights = 1 + q @ (k - k.mean(-2, keepdim=True)).mT / q.shape[-1] ** 0.5
+    return weights / k.shape[-2]
+
+
+def relu_weights(q: Tensor, k: Tensor) -> Tensor:
+    """w_ij = <relu(q_i), relu(k_j)>."""
+    return q.clamp_min(0) @ k.clamp_min(0).mT
+
+
+def elu_weights(q: Tensor, k: Tensor) -> Tensor:
+    """w_ij = <elu(q_i) + 1, elu(k_j) + 1>."""
+    return (F.elu(q) + 1) @ (F.elu(k) + 1).mT
+
+
+def cosines(q: Tensor, k: Tensor) -> Tensor:
+    """<q_i, k_j> / (‖q_i‖·‖k_j‖), 0 for tokens that are 0."""
+    lengths = q.norm(dim=-1).unsqueeze(-1) * k.norm(dim=-1).unsqueeze(-2)
+    return q @ k.mT / torch.where(lengths > 0, lengths, 1)
+
+
+def aft_weights(q: Tensor, k: Tensor) -> Tensor:
+    """w_ij = Σ_c σ(q_ic)·exp(k_jc) / Σ_l exp(k_lc)."""
+    shares = (k - k.amax(-2, keepdim=True)).exp()
+    return torch.sigmoid(q) @ (shares / shares.sum(-2, keepdim=True)).mT
+
+
+def focused_weights(q: Tensor, k: Tensor) -> Tensor:
+    """w_ij = <f(q_i), f(k_j)>, f(x) = ‖r‖/‖r³‖·r³, r = relu(x)."""
+
+    def focus(x: Tensor) -> Tensor:
+        r = x.clamp_min(0)
+        length = (r**3).norm(dim=-1, keepdim=True)
+        return r.norm(dim=-1, keepdim=True) / torch.where(length > 0, length, 1) * r**3
+
+    return focus(q) @ focus(k).mT
+
+
+def softmax_weights(q: Tensor, k: Tensor) -> Tensor:
+    """w_ij = exp(<q_i, k_j>/√D), with the largest exponent of a row taken off all of them: that cancels."""
+    s = q @ k.mT / q.shape[-1] ** 0.5
+    return (s - s.amax(-1, keepdim=True)).exp()
+
+
 REFERENCE_WEIGHTS: dict[str, Callable[..., Tensor]] = {
     "taylor2": taylor2_weights,
     "taylor2_paper": taylor2_paper_weights,
+    "taylor2_paper_beta": partial(taylor2_paper_weights, beta=1.0),
+    "taylor2_full": taylor2_full_weights,
+    "taylor1": taylor1_weights,
+    "relu": relu_weights,
+    "elu": elu_weights,
+    "cosine": lambda q, k: cosines(q, k) / k.shape[-2],
+    "mean": lambda q, k: q @ k.mT / k.shape[-2],
+    "aft": aft_weights,
+    "angular": lambda q, k: 0.5 + cosines(q, k) / math.pi,
+    "focused": focused_weights,
+    "softmax": softmax_weights,
 }
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from qtvit.ops import KERNELS, linear_attention, reference_attention
+from qtvit.ops import KERNELS, attention_weights, linear_attention, reference_attention
 from qtvit.ops.kernels import _unit_square, unit_square
 from qtvit.ops.reference import REFERENCE_WEIGHTS, taylor2_paper_weights, taylor2_weights
 
@@ -42,7 +42,7 @@ def test_hostile_inputs(kernel: str, dtype: torch.dtype, values: str, hostile: s
     q, k, v = make(), make(), make() if values == "like q and k" else torch.randn(SHAPE)
     out = finite_run(q.to(dtype), k.to(dtype), v.to(dtype), kernel)
     if KERNELS[kernel].normalized:
-        assert out.abs().max() <= v.to(dtype).abs().max() * (1 + 2 * torch.finfo(dtype).eps)
+        assert out.abs().max() <= v.to(dtype).abs().max() * (1 + 2 * torch.finfo(dtype).eps + 1e-5)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -121,6 +121,47 @@ def test_paper_form_is_the_released_one_on_normalised_tokens() -> None:
     unit_q, unit_k = (x / x.square().norm(dim=-1, keepdim=True).sqrt() for x in (q, k))
     paper = taylor2_paper_weights(unit_q, unit_k, alpha=2.0, gamma=0.5)
     torch.testing.assert_close(paper, taylor2_weights(q, k, c=(1.25 / 4) ** 0.5) * 2)
+
+
+def test_weights_of_both_signs_are_divided_by_the_number_of_keys() -> None:
+    """So a larger image does not mean larger outputs; for taylor1 that is the sum of the weights, exactly."""
+    q, k, v = torch.randn(3, 1, 2, 60, 16, generator=torch.Generator().manual_seed(0))
+    for kernel in ("cosine", "mean", "taylor1"):
+        weights = attention_weights(q, k, kernel)
+        assert weights.min() < 0 < weights.max()
+        twice = linear_attention(q, k.repeat(1, 1, 2, 1), v.repeat(1, 1, 2, 1), kernel)
+        torch.testing.assert_close(twice, linear_attention(q, k, v, kernel), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(attention_weights(q, k, "taylor1").sum(-1), torch.ones(1, 2, 60))
+    torch.testing.assert_close(attention_weights(q, k, "taylor1"), attention_weights(q, k + 3, "taylor1"))
+    assert linear_attention(1e4 * q, 1e4 * k, v, "cosine").abs().max() <= v.abs().max()
+
+
+def test_fp16_saturates_where_nothing_bounds_the_output() -> None:
+    q = torch.full((1, 1, 3, 8), 1e3).half()
+    out = linear_attention(q, q, q, "mean")
+    assert (out == torch.finfo(torch.float16).max).all()
+
+
+def test_kernels_by_hand() -> None:
+    """q = (3, 4) and keys (4, 3), (0, -2), (-3, 4)."""
+    q, k = torch.tensor([[[[3.0, 4.0]]]]), torch.tensor([[[[4.0, 3.0], [0.0, -2.0], [-3.0, 4.0]]]])
+    products = torch.tensor([24.0, -8.0, 7.0])
+    angles = torch.tensor([24 / 25, -8 / 10, 7 / 25])
+    s = products / 2**0.5
+    cubes = [5 * x**3 / (x**3).norm() for x in (q, k[:, :, :1])] + [torch.tensor([0.0, 0.0]), torch.tensor([0.0, 4.0])]
+    focus = torch.stack([(cubes[0] * cube).sum() for cube in cubes[1:]])
+    want = {
+        "relu": torch.tensor([24.0, 0.0, 16.0]) / 40,
+        "mean": products / 3,
+        "cosine": angles / 3,
+        "angular": (0.5 + angles / torch.pi) / (1.5 + angles.sum() / torch.pi),
+        "softmax": s.softmax(-1),
+        "taylor2_full": (1 + s + s**2 / 2) / (1 + s + s**2 / 2).sum(),
+        "taylor1": (1 + s - s.mean()) / 3,
+        "focused": focus / focus.sum(),
+    }
+    for kernel, row in want.items():
+        torch.testing.assert_close(attention_weights(q, k, kernel)[0, 0, 0], row, msg=lambda m, n=kernel: f"{n}: {m}")
 
 
 def test_every_kernel_has_a_reference() -> None:
