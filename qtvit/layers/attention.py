@@ -107,20 +107,22 @@ class MultiScaleAttention(nn.Module):
 
 
 class LinearAttention(nn.Module):
-    """Self-attention with a linear kernel, for timm's transformers: ``attn_layer=LinearAttention``, or
-    ``partial(LinearAttention, kernel="relu")``. (B, N, C) -> (B, N, C).
+    """Self-attention with a linear kernel, for timm's transformers: (B, N, C) -> (B, N, C).
 
-    Parameters have the names of ``timm.layers.Attention``, besides the kernel's scalars, so its weights load.
+    As in ``timm.create_model("deit_small_patch16_224", img_size=1024, attn_layer=LinearAttention)``. timm wants a class
+    there; for another kernel, make a subclass with ``kernel = "relu"`` in it. Parameters have the names of
+    ``timm.layers.Attention``, besides the kernel's scalars, so its weights load.
 
     Args:
         dim: C, a multiple of ``num_heads``.
         num_heads: heads of D = C // num_heads channels.
         qkv_bias, proj_bias: whether the linear layers have biases.
         qk_norm: whether ``norm_layer(D)`` is applied to queries and keys.
+        scale_norm: whether ``norm_layer(C)`` is applied before the projection.
         attn_drop: 0; there are no weights that could be dropped.
         proj_drop: dropout behind the projection.
-        norm_layer: for ``qk_norm``.
-        kernel: a name in ``qtvit.ops.KERNELS``.
+        norm_layer: for ``qk_norm`` and ``scale_norm``.
+        kernel: a name in ``qtvit.ops.KERNELS``; default: the class's.
         device, dtype: as for any ``torch.nn`` module.
 
     Raises:
@@ -128,17 +130,20 @@ class LinearAttention(nn.Module):
             ``forward`` a mask.
     """
 
+    kernel = "taylor2"
+
     def __init__(
         self,
         dim: int,
         num_heads: int = 8,
         qkv_bias: bool = False,
         qk_norm: bool = False,
+        scale_norm: bool = False,
         proj_bias: bool = True,
         attn_drop: float = 0.0,
         proj_drop: float = 0.0,
         norm_layer: Callable[..., nn.Module] | None = None,
-        kernel: str = "taylor2",
+        kernel: str | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -147,16 +152,17 @@ class LinearAttention(nn.Module):
             raise ValueError(f"dim {dim} is not a multiple of num_heads {num_heads}")
         if attn_drop:
             raise ValueError(f"linear attention has no weights to drop: attn_drop has to be 0, got {attn_drop}")
-        if qk_norm and norm_layer is None:
-            raise ValueError("qk_norm needs a norm_layer")
+        if (qk_norm or scale_norm) and norm_layer is None:
+            raise ValueError("qk_norm and scale_norm need a norm_layer")
         where: dict[str, Any] = {"device": device, "dtype": dtype}
         head_dim = dim // num_heads
         self.num_heads = num_heads
-        self.kernel = kernel
-        self.scalars = _learnable_scalars(kernel).to(**where)
+        self.kernel = self.kernel if kernel is None else kernel
+        self.scalars = _learnable_scalars(self.kernel).to(**where)
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, **where)
         self.q_norm = norm_layer(head_dim, **where) if qk_norm and norm_layer else nn.Identity()
         self.k_norm = norm_layer(head_dim, **where) if qk_norm and norm_layer else nn.Identity()
+        self.norm = norm_layer(dim, **where) if scale_norm and norm_layer else nn.Identity()
         self.proj = nn.Linear(dim, dim, bias=proj_bias, **where)
         self.proj_drop = nn.Dropout(proj_drop)
 
@@ -165,7 +171,7 @@ class LinearAttention(nn.Module):
             raise ValueError("LinearAttention sums over all tokens once, for all queries: it takes no mask")
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         out = linear_attention(self.q_norm(q), self.k_norm(k), v, self.kernel, dict(self.scalars.items()))
-        return self.proj_drop(self.proj(out.transpose(1, 2).flatten(2)))
+        return self.proj_drop(self.proj(self.norm(out.transpose(1, 2).flatten(2))))
 
 
 def _learnable_scalars(kernel: str) -> nn.ParameterDict:

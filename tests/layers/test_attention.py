@@ -2,15 +2,18 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import timm
 import torch
 from safetensors.torch import load_file
+from timm.layers import Attention
 from torch import Tensor, nn
 
-from qtvit.layers import MultiScaleAttention
+from qtvit.layers import LinearAttention, MultiScaleAttention
 from qtvit.models.released import _ATTENTION_NAMES
-from qtvit.ops import reference_attention
+from qtvit.ops import KERNELS, attention_weights, masked_softmax_attention_cf, reference_attention
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 MAP_SIZE = (14, 14)
@@ -77,7 +80,7 @@ def test_position_keeps_rows_and_columns_apart(layer: MultiScaleAttention, size:
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 20), (7, 13), (13, 7), (17, 13), (20, 33)])
-@pytest.mark.parametrize("kernel", ["taylor2", "taylor2_paper"])
+@pytest.mark.parametrize("kernel", ["taylor2", "taylor2_paper", "softmax"])
 def test_any_rectangle(
     size: tuple[int, int], kernel: str, randomize: Callable[..., nn.Module], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -157,3 +160,112 @@ def test_width_has_to_be_a_multiple_of_head_dim() -> None:
 def test_unknown_kernel() -> None:
     with pytest.raises(ValueError, match="unknown kernel 'taylor3'"):
         MultiScaleAttention(16, head_dim=8, map_size=MAP_SIZE, kernel="taylor3")
+
+
+def core_output(layer: MultiScaleAttention, x: Tensor) -> Tensor:
+    """What goes into the layer's projection, (B, S·heads·D, H, W)."""
+    core = []
+    handle = layer.proj.register_forward_pre_hook(lambda _, args: core.append(args[0]))
+    with torch.no_grad():
+        layer(x)
+    handle.remove()
+    return core[0]
+
+
+def test_parts_can_be_switched_off(randomize: Callable[..., nn.Module]) -> None:
+    x = torch.randn(2, 16, 6, 9, generator=torch.Generator().manual_seed(0))
+    whole = randomize(MultiScaleAttention(16, head_dim=8, map_size=MAP_SIZE), 3).eval()
+    state = whole.state_dict()
+    for part, keys in ({"ape": False}, ["pos_embed"]), ({"shortcut": False}, [k for k in state if "shortcut" in k]):
+        layer = MultiScaleAttention(16, head_dim=8, map_size=MAP_SIZE, **part).eval()
+        assert set(state) - set(layer.state_dict()) == set(keys)
+        layer.load_state_dict({key: value for key, value in state.items() if key not in keys})
+        with torch.no_grad():
+            q, k, v = layer.tokens(x)
+        bare = whole.multi_scale_qkv(x)[1] if "ape" in part else whole.tokens(x)[1]
+        torch.testing.assert_close(k, bare)
+        want = reference_attention(q.mT, k.mT, v.mT, c=state["scalars.c"]).mT
+        want = want + whole.shortcut(v) if "ape" in part else want
+        torch.testing.assert_close(core_output(layer, x).flatten(2), want.flatten(1, 2), rtol=1e-4, atol=1e-5)
+
+
+def test_the_softmax_residual_is_there_in_training_alone(randomize: Callable[..., nn.Module]) -> None:
+    plain = randomize(MultiScaleAttention(16, head_dim=8, map_size=MAP_SIZE), 3)
+    layer = MultiScaleAttention(16, head_dim=8, map_size=MAP_SIZE, softmax_residual=0.1)
+    layer.load_state_dict(plain.state_dict())
+    x = torch.randn(2, 16, 6, 9, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(layer.eval()(x), plain.eval()(x))
+    graphs = [str(torch.export.export(module, (x,)).graph) for module in (layer, plain)]
+    assert graphs[0] == graphs[1]
+
+    with torch.no_grad():
+        q, k, v = plain.tokens(x)
+    residual = masked_softmax_attention_cf(q, k, v, 0.1)
+    assert residual.abs().max() > 0.1
+    added = core_output(layer.train(), x) - core_output(plain.train(), x)
+    torch.testing.assert_close(added.flatten(2), residual.flatten(1, 2), rtol=1e-4, atol=1e-5)
+    layer(x).square().mean().backward()
+    assert all(p.grad.isfinite().all() for p in layer.parameters())
+
+
+@pytest.mark.parametrize("threshold", [0.0, 1.0, -0.02, True])
+def test_impossible_thresholds_of_the_softmax_residual(threshold: float) -> None:
+    with pytest.raises(ValueError, match=r"softmax_residual is a threshold between 0 and 1 .*got"):
+        MultiScaleAttention(16, head_dim=8, map_size=MAP_SIZE, softmax_residual=threshold)
+
+
+@pytest.mark.parametrize("norms", [False, True])
+def test_linear_attention_takes_the_place_of_timms(norms: bool, randomize: Callable[..., nn.Module]) -> None:
+    """With its weights and the softmax kernel, the same output and gradients."""
+    options = {"num_heads": 4, "qkv_bias": True, "qk_norm": norms, "scale_norm": norms, "norm_layer": nn.LayerNorm}
+    theirs = randomize(Attention(32, **options), 0)
+    ours = LinearAttention(32, kernel="softmax", **options)
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(2, 17, 32)
+    torch.testing.assert_close(ours(x), theirs(x), rtol=1e-4, atol=1e-5)
+    for layer in (ours, theirs):
+        layer(x).square().sum().backward()
+    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_linear_attention_of_a_vision_transformer(kernel: str) -> None:
+    model = timm.create_model(
+        "deit_tiny_patch16_224",
+        img_size=(64, 96),
+        depth=2,
+        embed_dim=32,
+        num_heads=2,
+        num_classes=5,
+        attn_layer=type("OwnAttention", (LinearAttention,), {"kernel": kernel}),
+    )
+    logits = model(torch.randn(2, 3, 64, 96))
+    logits.square().sum().backward()
+    assert logits.shape == (2, 5)
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    attn: Any = model.blocks[1].attn
+    x = torch.randn(2, 9, 32)
+    q, k, v = attn.qkv(x).unflatten(-1, (3, 2, 16)).permute(2, 0, 3, 1, 4)
+    want = (attention_weights(q, k, kernel, dict(attn.scalars.items())) @ v).transpose(1, 2).flatten(2)
+    torch.testing.assert_close(attn(x), attn.proj(want), rtol=1e-4, atol=1e-5)
+
+
+def test_linear_attention_names_what_it_cannot_do() -> None:
+    for arguments, message in [
+        ({"dim": 20, "num_heads": 8}, "dim 20 is not a multiple of num_heads 8"),
+        ({"dim": 16, "attn_drop": 0.1}, "attn_drop has to be 0, got 0.1"),
+        ({"dim": 16, "qk_norm": True}, "qk_norm and scale_norm need a norm_layer"),
+        ({"dim": 16, "kernel": "tailor2"}, "unknown kernel 'tailor2'"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            LinearAttention(**arguments)
+    for mask in ({"attn_mask": torch.ones(3, 3)}, {"is_causal": True}):
+        with pytest.raises(ValueError, match="takes no mask"):
+            LinearAttention(16)(torch.randn(1, 3, 16), **mask)
+
+
+def test_linear_attention_is_made_where_it_is_asked_for() -> None:
+    layer = LinearAttention(16, device="meta", dtype=torch.bfloat16)
+    assert {(p.device.type, p.dtype) for p in layer.parameters()} == {("meta", torch.bfloat16)}
+    assert LinearAttention(16).bfloat16()(torch.randn(1, 3, 16).bfloat16()).dtype == torch.bfloat16

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -215,6 +215,24 @@ def test_linear_in_tokens(kernel: str, scalars: dict[str, float]) -> None:
         assert 16 * n <= largest.numel < n * n / 8
         flops.append(counter.get_total_flops())
     assert flops[1] == 2 * flops[0]
+
+
+class _Attention(nn.Module):
+    def __init__(self, kernel: str) -> None:
+        super().__init__()
+        self.kernel = kernel
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return linear_attention(q, k, v, self.kernel)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_exports_for_any_number_of_tokens(kernel: str) -> None:
+    """Compilers get the same numbers from a graph traced at another size."""
+    attention, n = _Attention(kernel), torch.export.Dim("n", min=2, max=4096)
+    traced, other = make_inputs((2, 2, 30, 30, 8, 8))[:3], make_inputs((2, 2, 65, 65, 8, 8), seed=1)[:3]
+    program = torch.export.export(attention, traced, dynamic_shapes=[{2: n}] * 3).module()
+    torch.testing.assert_close(program(*other), attention(*other), rtol=1e-5, atol=1e-6)
 
 
 SHAPES = {"q": (2, 3, 10, 8), "k": (2, 3, 12, 8), "v": (2, 3, 12, 5)}
