@@ -5,6 +5,7 @@ Importing it registers the models with timm: ``import qtvit, timm; timm.create_m
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,10 +13,18 @@ from . import models
 from .version import __version__
 
 if TYPE_CHECKING:
+    from . import explain
     from .deploy import Predictor
     from .training.classify import RunSummary
 
-__all__ = ["__version__", "load", "models", "train_classifier"]
+__all__ = ["__version__", "explain", "load", "models", "train_classifier"]
+
+
+def __getattr__(name: str) -> Any:
+    """``qtvit.explain``, imported when it is first used."""
+    if name == "explain":
+        return importlib.import_module(".explain", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def load(path: str | Path, device: str = "auto") -> Predictor:

@@ -1,0 +1,225 @@
+"""Rows of attention weights: exact, where they are said to be, and of the image that is shown."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import timm
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+import qtvit
+from qtvit.checkpoints import ModelInfo
+from qtvit.deploy import Predictor
+from qtvit.explain import attention, focus, look
+from qtvit.models import QTViT, build_model
+from qtvit.ops import KERNELS, reference_attention
+
+POINTS = [(0, 0), (50, 20), (99.5, 39.5), (30, 35)]
+
+
+def capture(network: QTViT, pixels: Tensor, name: str) -> dict[str, Tensor]:
+    """What comes into an attention layer, and what comes into its projection."""
+    caught = {}
+    layer: Any = network.get_submodule(name)
+    layer.register_forward_pre_hook(lambda _, args: caught.update(layer=args[0]))
+    layer.proj.register_forward_pre_hook(lambda _, args: caught.update(proj=args[0]))
+    network(pixels)
+    return caught
+
+
+def shown(image: Image.Image, size: tuple[int, int]) -> Tensor:
+    """The network's input at ``size`` (W, H), with ImageNet's mean and std."""
+    resized = torch.tensor(list(image.resize(size, Image.Resampling.BICUBIC).tobytes())).reshape(size[1], size[0], 3)
+    scaled = resized.permute(2, 0, 1)[None] / 255
+    return (scaled - torch.tensor([0.485, 0.456, 0.406])[:, None, None]) / torch.tensor([0.229, 0.224, 0.225])[
+        :, None, None
+    ]
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@torch.no_grad()
+def test_rows_are_those_of_the_reference(kernel: str, network: Callable[..., QTViT], picture: Image.Image) -> None:
+    model = network(kernel=kernel)
+    for index, name, size in ((0, "stages.1.1.attn", (8, 20)), (-1, "stages.2.1.attn", (4, 10))):
+        result = attention(model, picture, POINTS, index)
+        layer: Any = model.get_submodule(name)
+        q, k, _ = (x.mT.double() for x in layer.tokens(capture(model, shown(picture, (40, 16)), name)["layer"]))
+        heads, num_tokens = q.shape[1:3]
+        identity = torch.eye(num_tokens, dtype=torch.float64).expand(1, heads, -1, -1)
+        scalars = {scalar: value.double() for scalar, value in layer.scalars.items()}
+        rows = reference_attention(q, k, identity, kernel, **scalars)[0]
+        tokens = [row * size[1] + column for row, column in result.tokens]
+        want = rows[:, tokens].transpose(0, 1).unflatten(-1, size).float()
+        assert (result.layer, result.kernel) == (name, kernel)
+        torch.testing.assert_close(result.weights, want, rtol=2e-4, atol=1e-6)
+        if KERNELS[kernel].normalized:
+            sums = result.weights.sum((-1, -2))
+            expected = (want.sum((-1, -2)) > 0.5).float()  # a rectified query may have no weights at all
+            torch.testing.assert_close(sums, expected)
+            assert expected.all() or kernel in ("relu", "focused")
+            assert expected.any()
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("shortcut", [False, True])
+@torch.no_grad()
+def test_rows_times_values_are_the_output_of_the_layer(
+    kernel: str, shortcut: bool, network: Callable[..., QTViT], picture: Image.Image
+) -> None:
+    model = network(kernel=kernel, shortcut=shortcut)
+    result = attention(model, picture, POINTS, "stages.2.1.attn")
+    layer: Any = model.get_submodule("stages.2.1.attn")
+    caught = capture(model, shown(picture, (40, 16)), "stages.2.1.attn")
+    v = layer.tokens(caught["layer"])[2]  # (1, heads, D, N)
+    core = caught["proj"].flatten(2).unflatten(1, v.shape[1:3])
+    core = core - layer.shortcut(v) if shortcut else core
+    tokens = [row * 10 + column for row, column in result.tokens]
+    out = result.weights.flatten(2).transpose(0, 1) @ v[0].mT  # (heads, points, D)
+    torch.testing.assert_close(out, core[0].mT[:, tokens], rtol=1e-4, atol=1e-5 * float(core.abs().max()))
+
+
+def test_points_find_their_tokens(network: Callable[..., QTViT], picture: Image.Image) -> None:
+    view = look(network(), picture)
+    assert view.image.size == (40, 16)  # 0.4 of the image
+    at = [(0, 0), (9.9, 9.9), (10, 10), (50, 20), (99.9, 39.9), (95, 5)]
+    coarse = view.attention(at, -1)  # 10 pixels of the image are 4 of what is shown, the stride
+    assert coarse.stride == 4
+    assert coarse.tokens == ((0, 0), (0, 0), (1, 1), (2, 5), (3, 9), (0, 9))
+    assert coarse.marks[3] == pytest.approx((20, 8))
+    assert coarse.points[3] == (50, 20)
+    fine = view.attention(at, 0)
+    assert fine.stride == 2
+    assert fine.tokens == ((0, 0), (1, 1), (2, 2), (4, 10), (7, 19), (1, 19))
+    one = view.attention((50, 20))
+    torch.testing.assert_close(one.weights, coarse.weights[3:4])
+
+
+def test_the_whole_image_is_shown(network: Callable[..., QTViT]) -> None:
+    model = network()
+    for size, img_size, expected in [
+        ((101, 41), None, (39, 16)),
+        ((41, 101), None, (16, 39)),
+        ((8, 8), None, (16, 16)),
+        ((100, 40), 24, (60, 24)),
+        ((100, 40), (20, 30), (30, 20)),
+        ((3, 1000), (20, 30), (30, 20)),
+    ]:
+        view = look(model, Image.new("RGB", size), img_size)
+        assert (view.image.size, view.original_size) == (expected, size)
+        corner = view.attention((size[0] - 1e-6, size[1] - 1e-6))
+        height, width = corner.weights.shape[-2:]
+        assert (height, width) == (-(-expected[1] // 4), -(-expected[0] // 4))
+        assert corner.tokens == ((height - 1, width - 1),)
+
+
+def test_a_predictor_brings_preprocessing_and_classes(network: Callable[..., QTViT], picture: Image.Image) -> None:
+    model = network()
+    preprocess = {"size": [12, 20], "mean": [0.5, 0.5, 0.5], "std": [0.2, 0.2, 0.2]}
+    predictor = Predictor(model, ModelInfo("qtvit_nano", {}, ["a", "b", "c"], preprocess), "cpu")
+    seen = look(predictor, picture)
+    assert seen.image.size == (30, 12)
+    assert seen.prediction is not None
+    with torch.no_grad():
+        pixels = torch.tensor(list(seen.image.tobytes())).reshape(1, 12, 30, 3).permute(0, 3, 1, 2) / 255
+        want = model((pixels - 0.5) / 0.2).softmax(-1)[0]
+    assert seen.prediction.probability == pytest.approx(float(want.max()), abs=1e-5)
+    assert seen.prediction.label == "abc"[int(want.argmax())]
+    assert look(model, picture).prediction is None
+
+
+def test_the_network_is_left_as_it_is(network: Callable[..., QTViT], picture: Image.Image) -> None:
+    model = network().train()
+    model.stages[1].eval()
+    before = {name: (module.training, len(module._forward_pre_hooks)) for name, module in model.named_modules()}
+    statistics = {name: value.clone() for name, value in model.state_dict().items()}
+    result = attention(model, picture, (5, 5))
+    assert {n: (m.training, len(m._forward_pre_hooks)) for n, m in model.named_modules()} == before
+    assert all(torch.equal(value, statistics[name]) for name, value in model.state_dict().items())
+    assert torch.equal(result.weights, attention(model.eval(), picture, (5, 5)).weights)
+    assert not result.weights.requires_grad
+
+
+def test_half_precision_and_compiled_networks(network: Callable[..., QTViT], picture: Image.Image) -> None:
+    want = attention(network(), picture, POINTS).weights
+    half = attention(network().bfloat16(), picture, POINTS).weights
+    assert half.dtype == torch.float32
+    torch.testing.assert_close(half, want, rtol=0.2, atol=0.01)
+    assert torch.equal(attention(torch.compile(network()), picture, POINTS).weights, want)
+
+
+def test_by_name_and_from_the_package(picture: Image.Image) -> None:
+    result = qtvit.explain.attention("nano-cifar10", picture, at=(50, 20))
+    assert result.weights.shape == (1, 12, 8, 20)
+    assert result.weights.sum((-1, -2)).tolist() == [pytest.approx([1] * 12)]
+    assert result.prediction is not None
+    assert [row.layer for row in focus("nano-cifar10", picture)] == [
+        f"stages.{stage}.{block}.attn" for stage in (1, 2) for block in (1, 2)
+    ]
+    with pytest.raises(AttributeError, match="has no attribute 'explaim'"):
+        qtvit.explaim  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    ("at", "message"),
+    [
+        ((100, 5), r"point 100,5 is outside the image, which is 100 x 40 pixels \(x from 0 to 99, y from 0 to 39\)"),
+        ([(5, 5), (5, 40)], "point 5,40 is outside"),
+        ((-0.5, 5), "point -0.5,5 is outside"),
+        ((float("nan"), 5), "point nan,5 is outside"),
+        ([], r"at is a point \(x, y\) or a list of points, got \[\]"),
+        ((1, 2, 3), "at is a point"),
+        ([(1, 2), (3,)], "at is a point"),
+        (["ab"], "at is a point"),
+    ],
+)
+def test_points_that_are_none(at: Any, message: str, network: Callable[..., QTViT], picture: Image.Image) -> None:
+    with pytest.raises(ValueError, match=message):
+        attention(network(), picture, at)
+
+
+@pytest.mark.parametrize(
+    ("layer", "message"),
+    [
+        (2, r"there is no attention layer 2; they are 0 to 1: stages\.1\.1\.attn, stages\.2\.1\.attn$"),
+        (-3, "there is no attention layer -3"),
+        ("stages.1.1", r"'stages\.1\.1' has no attention; the layers that have: stages\.1\.1\.attn, stages\.2\.1"),
+        ("stages.1.1.atn", r"unknown attention layer 'stages\.1\.1\.atn'; did you mean stages\.1\.1\.attn"),
+    ],
+)
+def test_layers_that_are_none(
+    layer: int | str, message: str, network: Callable[..., QTViT], picture: Image.Image
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        attention(network(), picture, (5, 5), layer)
+
+
+def models_without_maps(network: Callable[..., QTViT]) -> dict[str, Any]:
+    with torch.device("meta"):
+        resnet, vit = timm.create_model("resnet18"), timm.create_model("vit_tiny_patch16_224")
+        pruned = build_model("qtvit_4", num_classes=0)
+    pruned.prune_intermediate_layers([0])
+    return {
+        "ResNet has no attention layers of qtvit": resnet,
+        "VisionTransformer has no attention layers of qtvit": vit,
+        "Identity has no attention layers": nn.Identity(),
+        "QTViT has no attention layers": pruned,
+        "for images of 1 channels, and images are read as RGB": network(in_chans=1),
+        "a model given as int; expected a predictor, a network, a path": 3,
+    }
+
+
+def test_models_without_maps(network: Callable[..., QTViT], picture: Image.Image) -> None:
+    for message, model in models_without_maps(network).items():
+        with pytest.raises(ValueError, match=message):
+            attention(model, picture, (5, 5))
+    with pytest.raises(FileNotFoundError, match="nowhere: no such run folder or model file"):
+        attention("nowhere", picture, (5, 5))
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.png: no such image file"):
+        attention(network(), "nowhere.png", (5, 5))
+
+
+def test_images_that_are_too_small(network: Callable[..., QTViT], picture: Image.Image) -> None:
+    with pytest.raises(ValueError, match="img_size 3x8 is below the network's minimum of 4 px"):
+        look(network(), picture, 3)
