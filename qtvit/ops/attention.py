@@ -21,6 +21,8 @@ AUTOCAST_DEVICES = tuple(name for name in ("cpu", "cuda", "mps", "xpu") if torch
 
 def get_kernel(name: str) -> Kernel:
     """The kernel of that name; ValueError with the known names if there is none."""
+    if name not in KERNELS and name.startswith("table3_"):
+        raise ValueError(f"kernel {name!r} of an ablation is known only within qtvit.training.table3.table3_kernels()")
     if name not in KERNELS:
         raise unknown_name("kernel", name, KERNELS)
     return KERNELS[name]
