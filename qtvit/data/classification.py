@@ -78,34 +78,41 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
             return self.transform(open_image(source)), label
 
 
-def load_labelled_images(data: str, *, val_fraction: float = 0.2, seed: int = 0) -> LabelledImages:
+def load_labelled_images(
+    data: str, *, val_fraction: float = 0.2, seed: int = 0, train_images: int | None = None
+) -> LabelledImages:
     """Read ``data``, which is "digits", a folder, or a folder packed by `pack_folder`, which gives the same images.
 
     Of a packed folder at a URL, the training images are left to `ShardStream`.
 
     A folder holds either ``train/CLASS/*.jpg`` and ``val/CLASS/*.jpg`` (or valid, validation, test), or ``CLASS/*.jpg``
-    alone, of which the same ``val_fraction`` of every class is then held out.
+    alone, of which the same ``val_fraction`` of every class is then held out. With ``train_images``, ``train`` has that
+    many of the others, see `choose`.
 
     Raises:
         FileNotFoundError: there is no such folder, or a shard is missing.
         ValueError: it is no folder, holds no images, or not in one of these layouts, or the classes of the two splits
-            do not match; the index or a shard is damaged.
+            do not match; the index or a shard is damaged; ``train_images`` are more than there are, or of a stream.
     """
     split: dict[str, Any] = {"val_fraction": val_fraction, "seed": seed}
     if data == DIGITS:
         classes, samples = _digits()
         train, val = stratified_split(samples, **split)
-        return LabelledImages(DIGITS, classes, train, val, {**split, "data": DIGITS})
+        return LabelledImages(DIGITS, classes, choose(train, train_images), val, {**split, "data": DIGITS})
     if "://" in data:
         from .stream import remote_images  # needs the train extra
 
+        if train_images is not None:
+            raise ValueError(f"--train-images reads images by position, and those of {data} are streamed")
         return remote_images(data)
     root = data_folder(data)
     name = root.resolve().name
     classes, train, held_out = _read_packed(root) if is_packed(root) else _read_plain(root)
     if held_out is not None:
-        return LabelledImages(name, classes, train, held_out)
+        train_root = find_train_folder(root) or root  # packed images are named from there
+        return LabelledImages(name, classes, choose(train, train_images, train_root), held_out)
     train, val = stratified_split(train, root=root, **split)
+    train = choose(train, train_images, root)
     return LabelledImages(name, classes, train, val, {**split, "trained_on": _fingerprints(train, root)})
 
 
@@ -220,6 +227,44 @@ def stratified_split(
         val += members[:num_val]
         train += members[num_val:]
     return train, val
+
+
+def choose(samples: Sequence[Sample], num_images: int | None, root: Path | None = None) -> list[Sample]:
+    """``num_images`` of the samples, in their order: one of each class, then of each in proportion to its size.
+
+    Which ones follows from a hash of the path below ``root``, or of the pixels of images in memory. So the choice is
+    the same wherever the folder is, and a larger one holds a smaller one. None: all of them.
+
+    Raises:
+        ValueError: they are more than there are, or fewer than the classes.
+    """
+    if num_images is None:
+        return list(samples)
+    num_classes = len({label for _, label in samples})
+    if not num_classes <= num_images <= len(samples):
+        raise ValueError(
+            f"--train-images must be from {num_classes}, the number of classes, to {len(samples)}, all there are to "
+            f"train on; got {num_images}"
+        )
+
+    def draw(position: int) -> bytes:
+        source = samples[position][0]
+        content = relative_path(source, root).encode() if root and isinstance(source, ImageFile) else _pixels(source)
+        return hashlib.sha256(content).digest()
+
+    by_class: dict[int, list[int]] = {}
+    for position in sorted(range(len(samples)), key=draw):
+        by_class.setdefault(samples[position][1], []).append(position)
+    ranked = [
+        (rank / len(members), label, position)
+        for label, members in by_class.items()
+        for rank, position in enumerate(members)
+    ]
+    return [samples[position] for position in sorted(position for _, _, position in sorted(ranked)[:num_images])]
+
+
+def _pixels(source: ImageSource) -> bytes:
+    return open_image(source).tobytes()
 
 
 def held_out_part(samples: Sequence[Sample], root: Path, split: dict[str, Any]) -> list[Sample] | None:

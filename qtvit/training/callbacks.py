@@ -40,6 +40,32 @@ class _Stop(BaseException):
     """On its way through Lightning, which would end the process at a KeyboardInterrupt."""
 
 
+class EvaluateEvery(Callback):
+    """Evaluation after every ``epochs`` epochs and after the last one; the others have their loss logged."""
+
+    def __init__(self, epochs: int) -> None:
+        self.epochs = epochs
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        self._set(trainer)  # Lightning enters no epoch that a run goes on in the middle of
+
+    def on_train_epoch_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        self._set(trainer)
+
+    def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        if not self._is_due(trainer):
+            assert isinstance(pl_module, Task)
+            pl_module.log_epoch()
+
+    def _set(self, trainer: lightning.Trainer) -> None:
+        # Lightning evaluates epoch n if this number divides n. It has no word for the last epoch.
+        trainer.check_val_every_n_epoch = 1 if self._is_due(trainer) else trainer.current_epoch + 2
+
+    def _is_due(self, trainer: lightning.Trainer) -> bool:
+        epoch = trainer.current_epoch + 1
+        return epoch % self.epochs == 0 or epoch == trainer.max_epochs
+
+
 class SaveBest(Callback):
     """Writes the model file whenever ``monitor``, the higher the better, is the best so far."""
 
@@ -64,7 +90,7 @@ class SaveBest(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.best = state_dict["best"]
-        if not self.path.is_file() and processes()[0] == 0:
+        if self.best > float("-inf") and not self.path.is_file() and processes()[0] == 0:
             self.best = float("-inf")
             console.say(f"{self.path} is gone; the best from now on will take its place")
 
@@ -268,13 +294,20 @@ class History(Callback):
         self.path = path
         self.rows: list[dict[str, float]] = []
         self.seconds = 0.0
+        self.evaluated = False
+        """Whether this epoch was; Lightning keeps the scores of the evaluation before."""
+
+    def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        self.evaluated = True
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         self.start = time.perf_counter()
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        metrics = {name: float(value) for name, value in trainer.logged_metrics.items()}
+        logged = sorted(trainer.logged_metrics.items())
+        metrics = {name: float(value) for name, value in logged if self.evaluated or not name.startswith("val/")}
         metrics.pop("epoch", None)
+        self.evaluated = False
         self.rows.append({"epoch": trainer.current_epoch + 1, "step": trainer.global_step, **metrics})
         names = list(dict.fromkeys(name for row in self.rows for name in row))
         text = io.StringIO()

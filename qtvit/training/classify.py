@@ -38,7 +38,7 @@ from qtvit.errors import some
 from qtvit.files import write_text
 from qtvit.models import ARCHITECTURES, build_model, check_img_size, model_cost
 
-from .callbacks import EpochLines, EstimateBatchNorm, History, SaveBest, SaveState
+from .callbacks import EpochLines, EstimateBatchNorm, EvaluateEvery, History, SaveBest, SaveState
 from .config import DEFAULT_MODEL, AugmentConfig, TrainConfig, save_config
 from .evaluate import evaluate
 from .finite import StopAtNonFinite
@@ -226,7 +226,7 @@ def run_training(config: TrainConfig) -> RunSummary | None:
         )
         history = History(run / "metrics.csv")
         names = [source for source, _ in data.train]
-        callbacks: list[Callback] = [SaveBest(run / BEST, info, monitor="val/top1")]
+        callbacks: list[Callback] = [EvaluateEvery(config.eval_every), SaveBest(run / BEST, info, monitor="val/top1")]
         callbacks.append(StopAtNonFinite(run, batches, names))
         if bn_loader is not None:
             callbacks.append(EstimateBatchNorm(bn_loader))
@@ -243,7 +243,7 @@ def run_training(config: TrainConfig) -> RunSummary | None:
                 trainer = build_trainer(config, device, run, callbacks)
                 trainer.fit(task, train_loader, val_loader, ckpt_path=state)
             if trainer.current_epoch < config.epochs:
-                console.say(f"stopped early: no better top-1 in {config.early_stopping} epochs")
+                console.say(f"stopped early: no better top-1 in {config.early_stopping} evaluations")
         if rank > 0:
             return None
         return _report(config, data, run, past["seconds"] if finished else history.seconds)
@@ -251,7 +251,9 @@ def run_training(config: TrainConfig) -> RunSummary | None:
 
 def _read_data(config: TrainConfig, past: dict[str, Any], world_size: int) -> LabelledImages:
     """The images to train on; those of the run that ``past`` describes, if it does."""
-    data = load_labelled_images(config.data, val_fraction=config.val_fraction, seed=config.seed)
+    data = load_labelled_images(
+        config.data, val_fraction=config.val_fraction, seed=config.seed, train_images=config.train_images
+    )
     if config.on_bad_image == "skip" and data.stream:
         raise ValueError(f"--on-bad-image skip reads all images beforehand, and those of {data.stream} are streamed")
     if config.on_bad_image == "skip":

@@ -146,6 +146,7 @@ class TrainConfig:
         img_size: side of the training and evaluation images, or HEIGHTxWIDTH such as 160x256; default: the
             checkpoint's or the model's own.
         epochs: passes over the training images, warm-up included.
+        eval_every: epochs from one evaluation to the next; the last epoch is evaluated in any case.
         batch_size: images per step and device.
         lr: peak learning rate per device: it is multiplied by the number of devices.
         checkpoint: run folder or model file to start from; default: random weights.
@@ -155,7 +156,7 @@ class TrainConfig:
             alone.
         freeze: backbone to train the classifier's head alone, stages=N to keep the first N stages as they are.
         freeze_bn: keep the BatchNorm statistics of the checkpoint.
-        early_stopping: epochs without a better held-out top-1 after which training ends; null for never.
+        early_stopping: evaluations without a better held-out top-1 after which training ends; null for never.
         output: run folder to create; default: runs/MODEL-DATA, numbered when taken.
         seed: of the split, the initial weights and the augmentation.
         device: auto, cpu, cuda, cuda:1, mps.
@@ -172,6 +173,8 @@ class TrainConfig:
         bn_batch_size: images per batch and device in that estimation; default: batch_size.
         on_bad_image: stop at an image that cannot be read, or skip all of those (then all are read once, first).
         val_fraction: part of each class held out when the data has no val folder.
+        train_images: number of training images to use, drawn class by class in proportion; whatever the seed the same,
+            and a larger number adds to them. Default: all.
         crop_pct: part of the image's shorter side that evaluation sees; default: the model's own.
         model_args: further arguments of the model, such as {kernel: taylor2_paper, drop_path_rate: 0.1}.
         optim: optimiser, schedule and loss.
@@ -183,6 +186,7 @@ class TrainConfig:
     model: str | None = None
     img_size: int | str | None = None
     epochs: int = 100
+    eval_every: int = 1
     batch_size: int = 64
     lr: float = 1e-3
     checkpoint: str | None = None
@@ -205,6 +209,7 @@ class TrainConfig:
     bn_batch_size: int | None = None
     on_bad_image: Literal["stop", "skip"] = "stop"
     val_fraction: float = 0.2
+    train_images: int | None = None
     crop_pct: float | None = None
     model_args: dict[str, Any] = field(default_factory=dict)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -212,8 +217,8 @@ class TrainConfig:
     ema: EmaConfig = field(default_factory=EmaConfig)
 
     def __post_init__(self) -> None:
-        from_1 = ("epochs", "batch_size", "accumulate", "num_threads", "bn_batch_size", "early_stopping")
-        for name in (*from_1, "checkpoint_every_steps", "seed", "num_workers", "bn_images"):
+        from_1 = ("epochs", "eval_every", "batch_size", "accumulate", "num_threads", "bn_batch_size", "early_stopping")
+        for name in (*from_1, "checkpoint_every_steps", "train_images", "seed", "num_workers", "bn_images"):
             value, least = getattr(self, name), 0 if name in ("seed", "num_workers", "bn_images") else 1
             _require(value is None or value >= least, name, value, f"{least} or more")
         _require(self.lr > 0, "lr", self.lr, "more than 0")

@@ -78,6 +78,10 @@ class Task(lightning.LightningModule):
             self.ema.update_parameters(self.model)
 
     def on_validation_epoch_end(self) -> None:
+        self.log_epoch()
+
+    def log_epoch(self) -> None:
+        """Log what there is to say of an epoch whether it is evaluated or not."""
         total = self.trainer.strategy.reduce(self.loss_sum, reduce_op="sum")
         self.log("train/loss", total[0] / total[1])
         self.log("lr", self.trainer.optimizers[0].param_groups[-1]["lr"])

@@ -1,0 +1,96 @@
+"""Evaluation after some epochs only, on some of the training images."""
+
+import csv
+import itertools
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from qtvit.training import classify
+from qtvit.training.callbacks import EstimateBatchNorm
+from qtvit.training.classify import Classifier
+from qtvit_cli import main
+
+from .compare import same_end
+
+# 20 of 24 training images: two steps an epoch; epochs 2, 4 and 5 are evaluated.
+TRAIN = (
+    "train classify --model qtvit_nano --img-size 16 --epochs 5 --batch-size 8 --bn-images 8 --num-workers 0 "
+    "--eval-every 2 --train-images 20 --ema.decay 0.5 --ema.warmup-steps 0 --augment.random-erasing 0.3"
+)
+EVALUATED = [2, 4, 5]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _without_pictures() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(classify, "write_report", lambda *args: None)
+        yield
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("whole") / "run"
+    assert main([*TRAIN.split(), "--data", str(photos), "--output", str(run)]) == 0
+    return run
+
+
+def rows(run: Path) -> list[dict[str, str]]:
+    with (run / "metrics.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_the_last_epoch_is_evaluated_whatever_the_interval(uninterrupted: Path) -> None:
+    history = rows(uninterrupted)
+    assert [int(row["epoch"]) for row in history if row["val/top1"]] == EVALUATED
+    assert [int(row["epoch"]) for row in history if row["val/raw_loss"]] == EVALUATED
+    assert len({row["train/loss"] for row in history}) == 5
+    assert (uninterrupted / "curves.png").is_file()
+
+
+def test_the_interval_changes_nothing_else(photos: Path, uninterrupted: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert main([*TRAIN.split(), "--data", str(photos), "--output", str(run), "--eval-every", "9"]) == 0
+    often, once = rows(uninterrupted), rows(run)
+    assert [row["val/top1"] for row in once[:-1]] == [""] * 4
+    for name in ("train/loss", "lr", "step"):
+        assert [row[name] for row in once] == [row[name] for row in often]
+    assert once[-1]["val/raw_loss"] == often[-1]["val/raw_loss"]
+
+
+@pytest.mark.parametrize(("where", "call"), [("step", 2), ("step", 3), ("BatchNorm", 1)])
+def test_an_interrupted_run_goes_on_to_the_same_end(
+    where: str,
+    call: int,
+    photos: Path,
+    uninterrupted: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    owner, name = {
+        "step": (Classifier, "training_step"),
+        "BatchNorm": (EstimateBatchNorm, "on_validation_start"),
+    }[where]
+    function, calls = getattr(owner, name), itertools.count(1)
+
+    def interrupted(*args: object) -> object:
+        if next(calls) == call:
+            signal.raise_signal(signal.SIGINT)
+        return function(*args)
+
+    monkeypatch.setattr(owner, name, interrupted)
+    run = tmp_path / "run"
+    assert main([*TRAIN.split(), "--data", str(photos), "--output", str(run)]) == 130
+    assert main(["train", "classify", "--resume", str(run)]) == 0
+    assert "is gone" not in capsys.readouterr().out
+    same_end(run, uninterrupted)
+
+
+def test_early_stopping_counts_evaluations(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = [*TRAIN.split(), "--data", str(photos), "--output", str(tmp_path / "run"), "--ema.decay", "0"]
+    assert main([*argv, "--epochs", "9", "--eval-every", "3", "--early-stopping", "1", "--lr", "1e-9"]) == 0
+    assert "no better top-1 in 1 evaluations" in capsys.readouterr().out
+    assert len(rows(tmp_path / "run")) == 6
