@@ -11,13 +11,14 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from qtvit.deploy import Prediction, Predictor
+    from qtvit.explain import View
     from qtvit.training.classify import RunSummary
 
 USER_ERRORS = (ValueError, OSError, FloatingPointError)
@@ -145,6 +146,35 @@ def _parser() -> argparse.ArgumentParser:
     )
     prediction.set_defaults(command=predict)
 
+    explanation = commands.add_parser("explain", help="draw what the attention of a model looks at in an image")
+    explanation.add_argument("run", help="run folder, model file, or nano-cifar10, which comes with qtvit")
+    explanation.add_argument("image", help="image file")
+    explanation.add_argument(
+        "--at",
+        action="append",
+        default=[],
+        metavar="X,Y",
+        help="point that attends, in pixels from the upper left corner; may be repeated (default: the centre)",
+    )
+    explanation.add_argument("--grid", metavar="RxC", help="points all over the image, in R rows and C columns")
+    explanation.add_argument(
+        "--layer", default="-1", help="attention layer: 0 the first, -1 the last, or a name as stages.2.1.attn (-1)"
+    )
+    explanation.add_argument("--head", default="mean", help="number of a head, mean, or all, side by side (mean)")
+    explanation.add_argument(
+        "--compare", nargs="+", default=[], metavar="RUN", help="runs to draw beside it, as of other kernels"
+    )
+    explanation.add_argument("--img-size", metavar="SIZE", help="shorter side to show it at, or HEIGHTxWIDTH")
+    explanation.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    explanation.add_argument(
+        "--output",
+        type=_new_file,
+        metavar="NAME",
+        help="what the files' names begin with (default: the image's, in this folder): NAME-attention.png and .npy, "
+        "NAME-focus.png",
+    )
+    explanation.set_defaults(command=explain)
+
     bench = commands.add_parser("bench", help="measure models side by side")
     kinds = bench.add_subparsers(metavar="WHAT", required=True)
     steps = kinds.add_parser("train", help="time of a training step, and memory kept for its backward pass")
@@ -237,7 +267,6 @@ and with the model just trained:  {command} eval {summary.run} --data digits"""
 def evaluate(args: argparse.Namespace) -> None:
     """``qtvit eval``."""
     from qtvit import console
-    from qtvit.checkpoints import BEST
     from qtvit.data import DIGITS, drop_broken
     from qtvit.deploy import Predictor
     from qtvit.errors import some
@@ -251,10 +280,7 @@ def evaluate(args: argparse.Namespace) -> None:
     samples, which = held_out_samples(args.data, predictor.info)
     num_workers = default_workers(args.data == DIGITS) if args.num_workers is None else args.num_workers
     set_threads(None, num_workers)
-    path = Path(args.run).resolve()
-    path = path.parent if path.name == BEST else path
-    run = path.name if path.is_dir() else path.stem
-    folder = create_run_folder(args.output, f"eval-{run}-{Path(args.data).resolve().name}")
+    folder = create_run_folder(args.output, f"eval-{_run_name(args.run)}-{Path(args.data).resolve().name}")
     with clean_up(folder):
         if args.on_bad_image == "skip":
             samples = drop_broken(samples)
@@ -376,6 +402,58 @@ def _write_predictions(path: Path, rows: Sequence[dict[str, Any]]) -> None:
             writer.writerow([row["image"], rank, prediction["label"], f"{prediction['probability']:.6f}"])
     write_text(path, table.getvalue())
     print(f"written: {path}")
+
+
+def explain(args: argparse.Namespace) -> None:
+    """``qtvit explain``."""
+    from qtvit import console
+    from qtvit.data import open_image
+    from qtvit.data.transforms import parse_size
+    from qtvit.explain.draw import draw_attention, draw_focus
+    from qtvit.explain.points import check_points, grid_points, parse_grid, parse_point
+    from qtvit.explain.view import look
+
+    points = [parse_point(text) for text in args.at]
+    grid = parse_grid(args.grid) if args.grid else (1, 1)
+    head = int(args.head) if args.head.isdecimal() else args.head
+    layer = int(args.layer) if args.layer.removeprefix("-").isdecimal() else args.layer
+    size = parse_size(args.img_size) if args.img_size else None
+    img_size = size[0] if size and "x" not in args.img_size else size
+    image = open_image(args.image)
+    name = args.output or Path(Path(args.image).stem)
+    name = name.with_suffix("") if args.output and name.suffix.lower() == ".png" else name
+    pictures = [name.with_name(f"{name.name}-{what}.png") for what in ("attention", "focus")]
+    raw = [
+        pictures[0].with_name(f"{name.name}-attention{f'-{i}' * (i > 1)}.npy") for i in range(1, len(args.compare) + 2)
+    ]
+    if Path(args.image).resolve() in [path.resolve() for path in [*pictures, *raw]]:
+        raise ValueError(f"--output {name} would overwrite {args.image}; name another one")
+    if args.grid or not points:
+        points += grid_points(*grid, image.size)
+    check_points(points, image.size)
+    _make_parent(pictures[0])
+
+    views: dict[str, View] = {}
+    for run in (args.run, *args.compare):
+        views[_unused(_run_name(run), views)] = look(run, image, img_size, args.device)
+    rows = {run: view.attention(points, layer) for run, view in views.items()}
+    draw_attention(rows, pictures[0], head, grid[1] if len(points) == grid[0] * grid[1] else None)
+    focus = {run: view.focus() for run, view in views.items()}
+    draw_focus(focus, pictures[1])
+    width = max(map(len, ["run", *focus]))
+    console.result(f"{'run':<{width}}  {'kernel':<18}  {'layer':<16}  {'tokens':>9}  entropy  support")
+    for run, layers in focus.items():
+        for at in layers:
+            tokens = f"{at.map_size[1]} x {at.map_size[0]}"
+            console.result(
+                f"{run:<{width}}  {at.kernel:<18}  {at.layer:<16}  {tokens:>9}  {at.entropy:>7.3f}  {at.support:>7.1%}"
+            )
+    print(f"written: {pictures[0]}")
+    for path, attention in zip(raw, rows.values(), strict=True):
+        attention.save(path)
+        shape = " x ".join(map(str, attention.weights.shape))
+        print(f"written: {path} (float32, points x heads x height x width: {shape})")
+    print(f"written: {pictures[1]}")
 
 
 def bench_train(args: argparse.Namespace) -> None:
@@ -527,6 +605,24 @@ Done: {summary.run}
   files        best.safetensors (the model), curves, confusion, calibration, mistakes and predictions as .png,
                summary.json, scores.json, per_class.csv, config.yaml"""
     )
+
+
+def _run_name(run: str) -> str:
+    """What to call the run or model that a command was given: the folder of the former, the file of the latter."""
+    from qtvit.checkpoints import BEST
+
+    path = Path(run).resolve()
+    path = path.parent if path.name == BEST else path
+    return path.name if path.is_dir() else path.stem
+
+
+def _unused(name: str, taken: Container[str]) -> str:
+    """``name``, numbered if it is taken."""
+    number, unused = 1, name
+    while unused in taken:
+        number += 1
+        unused = f"{name} ({number})"
+    return unused
 
 
 def _make_parent(path: Path | None) -> None:

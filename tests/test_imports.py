@@ -26,7 +26,7 @@ LAYERS = [
     {"qtvit", "__main__"},
 ]
 RANK = {package: rank for rank, packages in enumerate(LAYERS) for package in packages}
-NEED_EXTRAS = ["data/stream.py", "training/*"]
+NEED_EXTRAS = ["data/stream.py", "explain/draw.py", "training/*"]
 CORE = {"qtvit", "qtvit_cli", "torch", "torchvision", "timm", "safetensors", "numpy", "PIL", "tqdm"}
 HEAVY = ["lightning", "pytorch_lightning", "torchmetrics", "jsonargparse", "matplotlib", "sklearn", "tensorboard"]
 

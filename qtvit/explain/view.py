@@ -3,10 +3,10 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from numbers import Real
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from timm.data import resolve_model_data_config
@@ -19,17 +19,17 @@ from qtvit.data import ImageSource, Preprocess, class_names, open_image
 from qtvit.deploy import Prediction, Predictor
 from qtvit.device import resolve_device
 from qtvit.errors import unknown_name
+from qtvit.files import replacing
 from qtvit.layers import MultiScaleAttention
 from qtvit.models.build import check_img_size
 from qtvit.models.qtvit import QTViT
 from qtvit.ops import attention_weights
 
 from .entropy import Focus, layer_focus
+from .points import Point, check_points
 
 Model = Predictor | nn.Module | str | Path
 """A predictor, a network of ours, or what `qtvit.checkpoints.load_model` takes."""
-Point = tuple[float, float]
-"""(x, y) in pixels of an image: x to the right and y down, from its upper left corner."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,11 @@ class Attention:
     image: Image.Image
     prediction: Prediction | None
 
+    def save(self, path: Path) -> None:
+        """Write ``weights`` to a .npy file; OSError if that fails."""
+        with replacing(path) as temporary, temporary.open("wb") as file:
+            np.save(file, self.weights.numpy())
+
 
 @dataclass(frozen=True)
 class View:
@@ -81,7 +86,7 @@ class View:
     @torch.no_grad()
     def attention(self, at: Point | Sequence[Point], layer: int | str = -1) -> Attention:
         """See `attention`."""
-        points = _points(at, self.original_size)
+        points = check_points(at, self.original_size)
         name = self._layer_name(layer)
         module, x = self._module(name), self.inputs[name]
         stride = self.network.feature_info[int(name.split(".")[1])]["reduction"]
@@ -140,7 +145,7 @@ def attention(
         model: a predictor (`qtvit.load`), a network of ours, which is left as it is, or a run folder, a model file or
             the name of a model that comes with the package.
         image: whatever `qtvit.data.open_image` takes.
-        at: (x, y) in pixels of the original image, from its upper left corner, or a list of them.
+        at: (x, y) in pixels of the original image (x to the right, y down, from its upper left corner), or a list.
         layer: index among the attention layers (0 the first, -1 the last) or module name, such as "stages.2.1.attn".
         img_size: another shorter side, or the exact (H, W) to resize to.
 
@@ -236,17 +241,3 @@ def _shown_size(size: tuple[int, int], img_size: int | tuple[int, int]) -> tuple
     scale = img_size / min(size)
     width, height = (max(round(side * scale), img_size) for side in size)
     return height, width
-
-
-def _points(at: Point | Sequence[Point], size: tuple[int, int]) -> list[Point]:
-    """The points in ``at``, inside an image of ``size`` (width, height); ValueError otherwise."""
-    listed: list[Any] = [at] if len(at) and isinstance(at[0], Real) else list(at)
-    if not listed or not all(len(point) == 2 and all(isinstance(z, Real) for z in point) for point in listed):
-        raise ValueError(f"at is a point (x, y) or a list of points, got {at!r}")
-    for point in listed:
-        if not all(0 <= z < side for z, side in zip(point, size, strict=True)):
-            raise ValueError(
-                f"point {point[0]:g},{point[1]:g} is outside the image, which is {size[0]} x {size[1]} pixels "
-                f"(x from 0 to {size[0] - 1}, y from 0 to {size[1] - 1})"
-            )
-    return [(float(x), float(y)) for x, y in listed]

@@ -1,0 +1,225 @@
+"""Pictures of attention: rows of weights over the image, and how focused the layers are."""
+
+import itertools
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from qtvit.deploy.annotate import shorten
+from qtvit.files import replacing
+
+from .entropy import Focus, sharpness
+from .points import Point
+from .view import Attention
+
+MAX_MAPS = 300
+"""In one picture."""
+NAME_CHARS = 32
+"""Characters of the name of a run that are drawn in a legend."""
+CHARS_PER_INCH = 13
+"""Of a line of text."""
+MARGIN, TITLE, BAR, HEADER = 0.12, 0.26, 0.6, 0.72
+"""Inches around the picture, above a map, right of it, and above all maps of a run."""
+
+
+def pick_heads(weights: Tensor, head: int | str) -> Tensor:
+    """Of (points, heads, H, W), the "mean" over the heads or the one of that number, (points, 1, H, W); or "all".
+
+    Raises:
+        ValueError: ``head`` is neither "mean" nor "all" nor the number of a head.
+    """
+    num_heads = weights.shape[1]
+    if head == "mean":
+        return weights.mean(1, keepdim=True)
+    if head == "all":
+        return weights
+    if not isinstance(head, int) or not 0 <= head < num_heads:
+        raise ValueError(f"head must be mean, all or a number from 0 to {num_heads - 1}, got {head}")
+    return weights[:, head : head + 1]
+
+
+def draw_attention(
+    runs: Mapping[str, Attention], out: Path, head: int | str = "mean", columns: int | None = None
+) -> None:
+    """Write a PNG of the image with its points, and beside it each point's attention row in every run.
+
+    Several runs stand side by side, with a line for each point; the maps of a single run are in ``columns`` (default:
+    what suits their number). Weights are multiples of the uniform weight 1 / N. The colours of a map go from 0 to its
+    own largest weight; those of weights of both signs diverge from 0.
+
+    Args:
+        runs: by name, rows for the same points of the same image.
+        out: file to write.
+        head: see `pick_heads`.
+        columns: of maps, for a single run.
+
+    Raises:
+        ValueError: no such head, or more than `MAX_MAPS` maps.
+        OSError: the file cannot be written.
+    """
+    maps = {name: pick_heads(run.weights, head) for name, run in runs.items()}
+    first, num_points = next(iter(runs.values())), len(next(iter(maps.values())))
+    num_heads = max(weights.shape[1] for weights in maps.values())
+    num_maps = num_points * sum(weights.shape[1] for weights in maps.values())
+    if num_maps > MAX_MAPS:
+        raise ValueError(f"{num_maps} maps are too many for one picture; the limit is {MAX_MAPS}")
+    columns = min(columns or (1 if num_heads > 1 else _columns(num_points)), num_points) if len(runs) == 1 else 1
+    across = _columns(num_heads)  # heads of a point, from left to right
+    side, stretch = 2.4 if num_maps <= 12 else 1.6, (first.image.width / first.image.height) ** 0.5
+    width, height = side * stretch, side / stretch  # of a map
+    cell_width, cell_height = across * (width + BAR), -(-num_heads // across) * (height + TITLE)
+    source_width, source_height = max(2.4 * stretch, 2.4), max(2.4 * stretch, 2.4) / stretch**2
+    run_width = max(columns * cell_width, 3)
+    top, left = MARGIN + HEADER, 3 * MARGIN + source_width
+    canvas = _Canvas(
+        left + len(runs) * run_width, top + max(-(-num_points // columns) * cell_height, source_height + TITLE) + MARGIN
+    )
+    with matplotlib.rc_context({"text.parse_math": False}):  # the name of a class may hold dollars
+        _draw_image(canvas, first, (MARGIN, top + TITLE, source_width, source_height))
+        for number, (name, run) in enumerate(runs.items()):
+            x = left + number * run_width
+            canvas.text(x, MARGIN, _describe_run(name, run, head), run_width)
+            for point, index in itertools.product(range(num_points), range(maps[name].shape[1])):
+                (row, column), (down, right) = divmod(point, columns), divmod(index, across)
+                corner = (
+                    x + column * cell_width + right * (width + BAR),
+                    top + TITLE + row * cell_height + down * (height + TITLE),
+                )
+                title = f"{point + 1}: " * (num_points > 1) + f"head {index}, " * (num_heads > 1)
+                _draw_map(canvas, run, maps[name][point, index], run.marks[point], (*corner, width, height), title)
+        _save(canvas.figure, out)
+
+
+def draw_focus(runs: Mapping[str, Sequence[Focus]], out: Path) -> None:
+    """Write a PNG of entropy and effective support by layer, with a line for each run.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    panels = figure.subplots(1, 2)
+    longest = max(runs.values(), key=len)
+    texts = {
+        "entropy": ("Entropy of the weights", "entropy / log N"),
+        "support": ("Effective support", "exp(entropy) / N"),
+    }
+    with matplotlib.rc_context({"text.parse_math": False}):
+        for axes, (attribute, (title, label)) in zip(panels, texts.items(), strict=True):
+            for name, rows in runs.items():
+                values = [getattr(row, attribute) for row in rows]
+                axes.plot(range(len(rows)), values, marker="o", label=f"{shorten(name, NAME_CHARS)} ({rows[0].kernel})")
+            axes.set(title=title, ylabel=label, ylim=(0, 1.03))
+            same = all([row.layer for row in rows] == [row.layer for row in longest] for rows in runs.values())
+            names = [row.layer if same else str(index) for index, row in enumerate(longest)]
+            axes.set_xticks(range(len(longest)), names, rotation=30 if same else 0, ha="right" if same else "center")
+            axes.grid(alpha=0.3)
+        figure.supxlabel("attention layer (1: attention to all tokens alike; lower: more focused)", fontsize=10)
+        panels[0].legend()
+        _save(figure, out)
+
+
+class _Canvas:
+    """A figure on which things are placed in inches from the upper left corner."""
+
+    def __init__(self, width: float, height: float) -> None:
+        self.figure = Figure(figsize=(width, height))
+        self.width, self.height = width, height
+
+    def axes(self, box: tuple[float, float, float, float]) -> Axes:
+        """New axes at (x, y, width, height)."""
+        x, y, width, height = box
+        where = x / self.width, 1 - (y + height) / self.height, width / self.width, height / self.height
+        return self.figure.add_axes(where)
+
+    def text(self, x: float, y: float, lines: Sequence[str], width: float) -> None:
+        """Lines whose upper left corner is at (x, y), cut to ``width``."""
+        text = "\n".join(shorten(line, int(width * CHARS_PER_INCH)) for line in lines)
+        self.figure.text(x / self.width, 1 - y / self.height, text, va="top", fontsize=9, linespacing=1.4)
+
+
+def _columns(count: int) -> int:
+    """How many of ``count`` maps to draw from left to right."""
+    return min(count, 4 if count <= 12 else 8)
+
+
+def _describe_run(name: str, run: Attention, head: int | str) -> list[str]:
+    num_heads, height, width = run.weights.shape[1:]
+    heads = {"mean": f"mean of {num_heads} heads", "all": f"{num_heads} heads"}.get(str(head), f"head {head}")
+    sees = f"; sees {run.prediction.label} ({run.prediction.probability:.0%})" if run.prediction else ""
+    return [f"{name}: kernel {run.kernel}", f"{run.layer}, {width} × {height} tokens", f"{heads}{sees}"]
+
+
+def _draw_image(canvas: _Canvas, run: Attention, box: tuple[float, float, float, float]) -> None:
+    """The image as the network saw it, with numbers at the points."""
+    about = ["query: the circle", "colours: weight × number of", "tokens, 1 if all are alike"]
+    canvas.text(box[0], MARGIN, about, box[2])
+    axes = canvas.axes(box)
+    axes.imshow(run.image)
+    axes.set_title(f"{run.image.width} × {run.image.height} px, as it was shown", fontsize=9, pad=3)
+    axes.axis("off")
+    label = {"boxstyle": "round,pad=0.12", "facecolor": "black", "edgecolor": "none", "alpha": 0.6}
+    for number, mark in enumerate(run.marks, start=1):
+        _draw_mark(axes, mark)
+        if len(run.marks) > 1:
+            axes.annotate(str(number), mark, (6, 3), textcoords="offset points", color="white", fontsize=9, bbox=label)
+
+
+def _draw_map(
+    canvas: _Canvas,
+    run: Attention,
+    weights: Tensor,
+    mark: Point,
+    box: tuple[float, float, float, float],
+    title: str,
+) -> None:
+    """``weights`` (H, W) in colours over the dimmed image, the query, and a bar that explains the colours."""
+    x, y, width, height = box
+    axes = canvas.axes(box)
+    multiples = (weights * weights.numel()).numpy()
+    largest = float(np.abs(multiples).max()) or 1
+    is_signed = bool(multiples.min() < 0)
+    norm = Normalize(-largest if is_signed else 0, largest)
+    grey = np.asarray(run.image.convert("L")) * 0.6
+    axes.imshow(grey, cmap="gray", vmin=0, vmax=255, interpolation="bilinear")
+    extent = (-0.5, run.stride * weights.shape[1] - 0.5, run.stride * weights.shape[0] - 0.5, -0.5)
+    colors = "RdBu_r" if is_signed else "inferno"
+    axes.imshow(multiples, colors, norm, alpha=0.65, extent=extent, interpolation="bicubic")
+    axes.set(xlim=(-0.5, run.image.width - 0.5), ylim=(run.image.height - 0.5, -0.5))
+    axes.axis("off")
+    support = float(sharpness(weights.flatten())[1])
+    about = "no weights" if math.isnan(support) else f"support {support:.0%}{' of |w|' * is_signed}"
+    axes.set_title(f"{title}{about}", fontsize=9, pad=3)
+    _draw_mark(axes, mark)
+    bar = canvas.figure.colorbar(ScalarMappable(norm, colors), cax=canvas.axes((x + width + 0.06, y, 0.08, height)))
+    bar.ax.tick_params(labelsize=7, length=2, pad=2)
+    bar.outline.set_visible(False)
+
+
+def _draw_mark(axes: Axes, mark: Point) -> None:
+    """A circle that can be seen on any ground."""
+    for color, line in (("black", 3.2), ("white", 1.5)):
+        axes.plot(
+            mark[0] - 0.5,
+            mark[1] - 0.5,
+            "o",
+            markersize=8,
+            markerfacecolor="none",
+            markeredgecolor=color,
+            markeredgewidth=line,
+            clip_on=False,
+        )
+
+
+def _save(figure: Figure, out: Path) -> None:
+    with warnings.catch_warnings(), replacing(out) as temporary:
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # names in any script
+        figure.savefig(temporary, format="png", dpi=120)
