@@ -9,6 +9,7 @@ import csv
 import io
 import json
 import os
+import shlex
 import shutil
 import sys
 from collections.abc import Container, Iterator, Sequence
@@ -31,7 +32,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     debug, first = "--debug" in argv, os.environ.get("RANK", "0") == "0"
     quiet = "--quiet" in argv or not first  # of torchrun's processes, one speaks
     args, rest = _parser().parse_known_args([arg for arg in argv if arg not in ("--debug", "--quiet")])
-    if rest and args.command != train_classify:
+    args.rest = rest
+    if rest and args.command not in (train_classify, ablate):
         _parser().error(f"unrecognized arguments: {' '.join(rest)}")
     try:
         from qtvit import console
@@ -199,6 +201,23 @@ def _parser() -> argparse.ArgumentParser:
     loader.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     loader.add_argument("--json", type=_new_file, metavar="FILE", help="also write all samples to FILE")
     loader.set_defaults(command=bench_loader)
+
+    ablation = commands.add_parser(
+        "ablate",
+        help="train the rows of a table of the paper at the same budget, with several seeds, and compare them",
+        description="Trains every row of a table with every seed, run by run, and compares the rows with the default. "
+        "The same command again goes on with what is missing; several processes with the same command share the runs.",
+        epilog="The other options are those of `qtvit train classify`, such as --data, --model, --epochs, "
+        "--train-images, --recipe; they hold for all rows.",
+        allow_abbrev=False,
+    )
+    ablation.add_argument(
+        "table", help="table2 (kernels), table3 (Kronecker products), table7 (softmax residual), ape, or shortcut"
+    )
+    ablation.add_argument("--seeds", type=_positive, default=3, help="trains with seeds 0 to SEEDS - 1 (default: 3)")
+    ablation.add_argument("--rows", metavar="A,B,…", help="some rows of the table; the default row is always trained")
+    ablation.add_argument("--output", metavar="FOLDER", help="default: runs/ablate-TABLE-MODEL-DATA")
+    ablation.set_defaults(command=ablate)
 
     data = commands.add_parser("data", help="prepare image folders: pack them into shards, check them")
     what = data.add_subparsers(metavar="WHAT", required=True)
@@ -523,6 +542,29 @@ def bench_loader(args: argparse.Namespace) -> None:
         )
     if args.json:
         _write_json(args.json, result)
+
+
+def ablate(args: argparse.Namespace) -> None:
+    """``qtvit ablate``."""
+    from qtvit import console
+    from qtvit.training.ablation import plan_ablation, run_ablation
+
+    own = ["--seeds", str(args.seeds)]
+    for option, value in (("--rows", args.rows), ("--output", args.output)):
+        own += [option, value] if value else []
+    ablation = plan_ablation(
+        args.table,
+        args.rest,
+        seeds=args.seeds,
+        rows=args.rows.split(",") if args.rows else None,
+        output=args.output,
+        command=shlex.join([_command(), "ablate", args.table, *own, *args.rest]),
+    )
+    lines = run_ablation(ablation)
+    console.say("")
+    for line in lines:
+        console.result(line)
+    print(f"results: {ablation.folder}/results.json, results.md, results.png")
 
 
 def pack_data(args: argparse.Namespace) -> None:

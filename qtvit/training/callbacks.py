@@ -182,6 +182,7 @@ class SaveState(Callback):
         checkpoint["qtvit"] = {
             **self.description,
             "seconds": self.history.lap(),
+            "seconds_per_batch": self.history.seconds_per_batch,
             "next": [epoch, done] if mid_epoch else [epoch + 1, 0],
             "finished": not mid_epoch and (epoch + 1 == trainer.max_epochs or trainer.should_stop),
         }
@@ -294,6 +295,8 @@ class History(Callback):
         self.path = path
         self.rows: list[dict[str, float]] = []
         self.seconds = 0.0
+        self.steps = {"batches": 0, "seconds": 0.0}
+        """Batches trained on, and the time that took without loading them, evaluation and checkpoints."""
         self.evaluated = False
         """Whether this epoch was; Lightning keeps the scores of the evaluation before."""
 
@@ -302,6 +305,17 @@ class History(Callback):
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         self.start = time.perf_counter()
+
+    def on_train_batch_start(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self.step_start = time.perf_counter()
+
+    def on_train_batch_end(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self.steps["batches"] += 1
+        self.steps["seconds"] += time.perf_counter() - self.step_start
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         logged = sorted(trainer.logged_metrics.items())
@@ -324,12 +338,18 @@ class History(Callback):
         self.start = now
         return self.seconds
 
+    @property
+    def seconds_per_batch(self) -> float:
+        """Of the training step alone, as an average over the run."""
+        return self.steps["seconds"] / max(self.steps["batches"], 1)
+
     def state_dict(self) -> dict[str, Any]:
-        return {"rows": self.rows, "seconds": self.lap()}
+        return {"rows": self.rows, "seconds": self.lap(), "steps": self.steps}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.rows = state_dict["rows"]
         self.seconds = state_dict["seconds"]
+        self.steps = state_dict.get("steps", self.steps)
 
 
 class EpochLines(Callback):

@@ -76,6 +76,7 @@ class RunSummary:
         num_params, num_macs: of the model at its image size.
         images_per_second: forward pass alone, on the training device.
         train_seconds: wall-clock time of the training loop.
+        train_images_per_second: training steps alone, in all processes, without loading images and evaluation.
     """
 
     run: str
@@ -85,6 +86,7 @@ class RunSummary:
     num_macs: int
     images_per_second: float
     train_seconds: float
+    train_images_per_second: float
 
 
 class Classifier(Task):
@@ -243,10 +245,13 @@ def run_training(config: TrainConfig) -> RunSummary | None:
                 trainer = build_trainer(config, device, run, callbacks)
                 trainer.fit(task, train_loader, val_loader, ckpt_path=state)
             if trainer.current_epoch < config.epochs:
-                console.say(f"stopped early: no better top-1 in {config.early_stopping} evaluations")
+                s = "s" * (config.early_stopping != 1)
+                console.say(f"stopped early: no better top-1 in {config.early_stopping} evaluation{s}")
         if rank > 0:
             return None
-        return _report(config, data, run, past["seconds"] if finished else history.seconds)
+        if finished:
+            return _report(config, data, run, past["seconds"], past["seconds_per_batch"])
+        return _report(config, data, run, history.seconds, history.seconds_per_batch)
 
 
 def _read_data(config: TrainConfig, past: dict[str, Any], world_size: int) -> LabelledImages:
@@ -317,8 +322,8 @@ def _resolved(config: TrainConfig, info: ModelInfo, device: torch.device) -> Tra
     """``config`` with what it left open, so that it repeats the run from anywhere."""
     return replace(
         config,
-        data=config.data if config.data == DIGITS else _absolute(config.data) or config.data,
-        checkpoint=_absolute(config.checkpoint),
+        data=config.data if config.data == DIGITS else absolute(config.data) or config.data,
+        checkpoint=absolute(config.checkpoint),
         output=None,
         resume=None,
         img_size="x".join(map(str, info.preprocess["size"])),
@@ -328,7 +333,7 @@ def _resolved(config: TrainConfig, info: ModelInfo, device: torch.device) -> Tra
     )
 
 
-def _absolute(name: str | None) -> str | None:
+def absolute(name: str | None) -> str | None:
     """The whole path, if ``name`` is one, and not a URL or the name of what comes with the package."""
     return str(Path(name).resolve()) if name is not None and Path(name).exists() else name
 
@@ -383,7 +388,9 @@ def _train_transform(augment: AugmentConfig, preprocess: Preprocess, size: tuple
     return TrainTransform(size, mean=preprocess.mean, std=preprocess.std, **options)
 
 
-def _report(config: TrainConfig, data: LabelledImages, run: Path, train_seconds: float) -> RunSummary:
+def _report(
+    config: TrainConfig, data: LabelledImages, run: Path, train_seconds: float, seconds_per_batch: float
+) -> RunSummary:
     """Evaluate the best weights, draw the pictures, write summary.json."""
     predictor = Predictor.load(run, config.device)
     evaluation = evaluate(predictor, data.val, batch_size=config.batch_size, num_workers=config.num_workers or 0)
@@ -398,6 +405,7 @@ def _report(config: TrainConfig, data: LabelledImages, run: Path, train_seconds:
         num_macs=cost.num_macs,
         images_per_second=round(evaluation.images_per_second, 1),
         train_seconds=round(train_seconds, 1),
+        train_images_per_second=round(config.batch_size * processes()[1] / seconds_per_batch, 1),
     )
     write_text(run / SUMMARY, json.dumps(asdict(summary), indent=2) + "\n")
     return summary
