@@ -13,11 +13,11 @@ from timm.data import ImageNetInfo, resolve_model_data_config
 from torch import Tensor, nn
 
 from qtvit.files import replacing
-from qtvit.models import SHIPPED_WEIGHTS, build_model
+from qtvit.models import ARCHITECTURES, SHIPPED_WEIGHTS, QTViT, build_model
 from qtvit.models.released import rename_keys
 from qtvit.version import __version__
 
-from .weights import TORCH_SUFFIXES, identify_model, read_weights
+from .weights import DEFAULT_KERNEL, TORCH_SUFFIXES, identify_model, kernel_mismatch, read_weights
 
 METADATA_KEY = "qtvit"
 WEIGHT_SOURCES = ("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir")
@@ -75,11 +75,13 @@ def load_model(path: str | Path, **model_args: Any) -> tuple[nn.Module, ModelInf
     """The model in ``path``, in evaluation mode on the CPU: a run folder, a model file, weights of a model of ours, or
     the name of a model that comes with the package (nano-cifar10).
 
-    ``model_args`` are added to those it was built with, or replace them.
+    ``model_args`` are added to those it was built with, or replace them, but for the ``kernel``: weights are of one.
+    For a file without a description whose kernel cannot be told, ``kernel`` says it.
 
     Raises:
         FileNotFoundError: there is no such file, or no model file in the run folder.
-        ValueError: it holds no model of ours, or its weights or classes do not fit its model.
+        ValueError: it holds no model of ours, was trained with another kernel, or its weights or classes do not fit
+            its model.
     """
     path = Path(path)
     shipped = SHIPPED_WEIGHTS / f"{path}.safetensors"
@@ -91,9 +93,15 @@ def load_model(path: str | Path, **model_args: Any) -> tuple[nn.Module, ModelInf
                 f"{path}: no {BEST} in this folder, so it is not a run folder, or its run has saved nothing yet"
             )
         path = path / BEST
-    state_dict, info = read_model_file(path)
+    kernel = model_args.get("kernel")
+    state_dict, info = read_model_file(path, kernel)
+    trained = info.model_args.get("kernel", DEFAULT_KERNEL)
+    if info.model.split(".")[0] in ARCHITECTURES and kernel not in (None, trained):
+        raise ValueError(f"{path}: its {info.model} was trained with kernel {trained}, not {kernel}")
     info = dataclasses.replace(info, model_args={**info.model_args, **model_args})
     model: Any = build_model(info.model, **info.model_args)
+    if isinstance(model, QTViT) and (mismatch := kernel_mismatch(state_dict, model.kernel)):
+        raise ValueError(f"{path}: {mismatch}")
     try:
         model.load_state_dict(state_dict)
     except RuntimeError as error:
@@ -104,11 +112,11 @@ def load_model(path: str | Path, **model_args: Any) -> tuple[nn.Module, ModelInf
     return model.eval(), info
 
 
-def read_model_file(path: Path) -> tuple[dict[str, Tensor], ModelInfo]:
+def read_model_file(path: Path, kernel: str | None = None) -> tuple[dict[str, Tensor], ModelInfo]:
     """The state dict, with our names, and the description of the model in a file.
 
     Weights without a description (`read_weights`) get the one that `identify_model` allows for: ImageNet's classes if
-    there are 1000, and the model's default preprocessing.
+    there are 1000, and the model's default preprocessing. ``kernel`` is for these.
 
     Raises:
         FileNotFoundError, ValueError: as `load_model`.
@@ -120,7 +128,7 @@ def read_model_file(path: Path) -> tuple[dict[str, Tensor], ModelInfo]:
     state_dict = read_weights(path)
     if metadata is None:
         try:
-            return _describe(state_dict)
+            return _describe(state_dict, kernel)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
     try:
@@ -137,9 +145,9 @@ def _metadata(path: Path) -> str | None:
         raise ValueError(f"{path}: not a safetensors file ({error})") from error
 
 
-def _describe(state_dict: dict[str, Tensor]) -> tuple[dict[str, Tensor], ModelInfo]:
+def _describe(state_dict: dict[str, Tensor], kernel: str | None) -> tuple[dict[str, Tensor], ModelInfo]:
     """Weights under our names, and what can be said of them."""
-    name, model_args = identify_model(state_dict)
+    name, model_args = identify_model(state_dict, kernel)
     with torch.device("meta"):
         model: Any = build_model(name, **model_args)
     num_classes = model_args["num_classes"]

@@ -13,9 +13,12 @@ from torch import Tensor
 
 from qtvit.models import ARCHITECTURES, QTViT, build_model
 from qtvit.models.released import rename_keys
+from qtvit.ops import KERNELS, get_kernel
 
 TORCH_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".tar")
 """Files that torch.save wrote; all others are taken for safetensors."""
+DEFAULT_KERNEL = next(iter(KERNELS))
+"""Of a model that is built without the argument."""
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
@@ -43,20 +46,49 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     return {re.sub(r"^((module|_orig_mod)\.)+", "", name): tensor for name, tensor in content.items()}
 
 
-def identify_model(state_dict: Mapping[str, Tensor]) -> tuple[str, dict[str, Any]]:
+def kernel_scalars(state_dict: Mapping[str, Tensor]) -> set[str]:
+    """Names of the learnable scalars of the attention kernel, under our names or the release's."""
+    found = (re.search(r"(?:^|\.)(?:scalars\.(\w+)|ones_scale1)$", key) for key in state_dict)
+    return {match[1] or "c" for match in found if match}
+
+
+def kernel_mismatch(state_dict: Mapping[str, Tensor], kernel: str) -> str:
+    """What says that the weights are of another kernel than ``kernel``, by their scalars; nothing if they may be."""
+    own, expected = kernel_scalars(state_dict), set(get_kernel(kernel).scalars)
+    if own == expected:
+        return ""
+    wrong = [f"{name} is missing" for name in sorted(expected - own)]
+    wrong += [f"{name} is not of this kernel" for name in sorted(own - expected)]
+    return (
+        f"weights of a model with another kernel than {kernel} (of its scalars, {', '.join(wrong)}); "
+        f"kernels with such weights: {', '.join(_kernels_with(own)) or 'none of this version'}"
+    )
+
+
+def _kernels_with(scalars: set[str]) -> list[str]:
+    return [name for name, spec in KERNELS.items() if set(spec.scalars) == scalars]
+
+
+def identify_model(state_dict: Mapping[str, Tensor], kernel: str | None = None) -> tuple[str, dict[str, Any]]:
     """The model whose weights these are, by names (ours or the release's) and shapes: its name and its arguments.
 
-    The arguments are ``num_classes``, and ``in_chans`` and ``img_size`` where they are not the model's default.
+    The arguments are ``num_classes``, and ``in_chans``, ``img_size`` and ``kernel`` where they are not the model's
+    default. The kernel is told by its scalars; where several kernels have the same, it is the default or has to be
+    given.
 
     Raises:
-        ValueError: the weights are not exactly those of one of our models; with what is wrong for the closest.
+        ValueError: the weights are not exactly those of one of our models, with what is wrong for the closest; or they
+            are of another ``kernel``, or of one that cannot be told.
     """
+    candidates = _kernels_with(kernel_scalars(state_dict))
+    assumed = kernel or next(iter(candidates), DEFAULT_KERNEL)
+    kernel_args = {} if assumed == DEFAULT_KERNEL else {"kernel": assumed}
     differences: dict[str, list[str]] = {}
     for name in ARCHITECTURES:
         with torch.device("meta"):
-            model: Any = build_model(name)
+            model: Any = build_model(name, **kernel_args)
         shapes = _shapes(rename_keys(state_dict, model))
-        model_args = _model_args(shapes, model)
+        model_args = {**_model_args(shapes, model), **kernel_args}
         names = [key for key in model.state_dict() if model_args["num_classes"] or not key.startswith("head.fc.")]
         wrong = [f"{key} is missing" for key in names if key not in shapes]
         wrong += [f"{key} is not of this model" for key in shapes if key not in names]
@@ -64,6 +96,9 @@ def identify_model(state_dict: Mapping[str, Tensor]) -> tuple[str, dict[str, Any
             with torch.device("meta"):
                 expected = _shapes(build_model(name, **model_args).state_dict())
             wrong = [f"{key} is {shapes[key]}, not {shape}" for key, shape in expected.items() if shapes[key] != shape]
+            if not wrong and kernel is None and len(candidates) > 1 and assumed != DEFAULT_KERNEL:
+                why = kernel_mismatch(state_dict, DEFAULT_KERNEL)
+                raise ValueError(f"{why}; load_model(path, kernel=…) takes the one that {name} was trained with")
             if not wrong:
                 return name, model_args
         if shapes.keys() & set(names):
@@ -71,6 +106,8 @@ def identify_model(state_dict: Mapping[str, Tensor]) -> tuple[str, dict[str, Any
     if not differences:
         names = [*state_dict][:3]
         raise ValueError(f"not the weights of a model of ours; the first names in it are {', '.join(names)}")
+    if mismatch := kernel_mismatch(state_dict, assumed):
+        raise ValueError(mismatch)
     closest, wrong = min(differences.items(), key=lambda item: len(item[1]))
     more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
     raise ValueError(f"not the weights of a model of ours; the closest is {closest}, but {'; '.join(wrong[:3])}{more}")
