@@ -58,6 +58,9 @@ def test_names_of_the_release_tell_the_kernel_too(weights: Callable[[str], Weigh
     for kernel in ("taylor2", "taylor2_paper"):
         released = {released_name(k, ARCHITECTURES["qtvit_nano"]): v for k, v in weights(kernel).items()}
         assert identify_model(released)[1].get("kernel", "taylor2") == kernel
+        first = min(KERNELS[kernel].scalars)
+        with pytest.raises(ValueError, match=f"another kernel than relu .*, {first} is not of this kernel"):
+            identify_model(released, "relu")
 
 
 def test_undescribed_weights_of_another_kernel_than_was_asked_for(
