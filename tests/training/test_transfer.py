@@ -164,7 +164,7 @@ def test_early_stopping(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     out = capsys.readouterr().out
     assert "epoch 3/30" in out
     assert "epoch 4/30" not in out
-    assert "stopped early: no better top-1 in 2 epochs" in out
+    assert "stopped early: no better top-1 in 2 evaluations" in out
 
 
 def test_an_img_size_below_the_minimum(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
