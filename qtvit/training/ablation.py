@@ -242,10 +242,10 @@ def _train(ablation: Ablation, row: str, seed: int) -> None:
 def _write(ablation: Ablation) -> list[str]:
     """Results of all runs of the table that are in the folder, whichever command asked for them."""
     outcomes: dict[str, dict[int, dict[str, Any]]] = {}
-    for row in ablation.table.rows:
-        numbers = (re.fullmatch(rf"{row}-seed(\d+)", path.name) for path in ablation.folder.glob(f"{row}-seed*"))
-        for seed in sorted(int(number[1]) for number in numbers if number):
-            if outcome := _outcome(ablation.run(row, seed)):
-                outcomes.setdefault(row, {})[seed] = outcome
-    with FileLock(ablation.folder / ".results.lock"):
+    with FileLock(ablation.folder / ".results.lock"):  # from the first look on, or what another process adds is lost
+        for row in ablation.table.rows:
+            numbers = (re.fullmatch(rf"{row}-seed(\d+)", path.name) for path in ablation.folder.glob(f"{row}-seed*"))
+            for seed in sorted(int(number[1]) for number in numbers if number):
+                if outcome := _outcome(ablation.run(row, seed)):
+                    outcomes.setdefault(row, {})[seed] = outcome
         return write_results(ablation.folder, ablation.name, outcomes, asdict(ablation.config), ablation.command)

@@ -97,6 +97,7 @@ def summarize(table: Table, outcomes: Outcomes) -> list[RowResult]:
     for name in sorted(outcomes, key=lambda name: (name != table.default, list(table.rows).index(name))):
         row, values = table.rows[name], list(scores[name].values())
         done = [outcomes[name][seed] for seed in scores[name]]
+        speeds = [speed for run in done if (speed := run["train_images_per_second"]) is not None]
         is_default = name == table.default
         known = row.paper is not None and default.paper is not None and not is_default
         results.append(
@@ -111,7 +112,7 @@ def summarize(table: Table, outcomes: Outcomes) -> list[RowResult]:
                 difference=None if is_default else paired_difference(scores[name], scores.get(table.default, {})),
                 num_params=done[0]["num_params"] if done else None,
                 num_macs=done[0]["num_macs"] if done else None,
-                images_per_second=statistics.median(run["train_images_per_second"] for run in done) if done else None,
+                images_per_second=statistics.median(speeds) if speeds else None,
                 paper=row.paper,
                 paper_difference=round(row.paper - default.paper, 2) if known else None,  # type: ignore[operator]
             )

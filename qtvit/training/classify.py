@@ -76,7 +76,8 @@ class RunSummary:
         num_params, num_macs: of the model at its image size.
         images_per_second: forward pass alone, on the training device.
         train_seconds: wall-clock time of the training loop.
-        train_images_per_second: training steps alone, in all processes, without loading images and evaluation.
+        train_images_per_second: training steps alone, in all processes, without loading images and evaluation; None if
+            they were not measured.
     """
 
     run: str
@@ -86,7 +87,7 @@ class RunSummary:
     num_macs: int
     images_per_second: float
     train_seconds: float
-    train_images_per_second: float
+    train_images_per_second: float | None
 
 
 class Classifier(Task):
@@ -250,7 +251,7 @@ def run_training(config: TrainConfig) -> RunSummary | None:
         if rank > 0:
             return None
         if finished:
-            return _report(config, data, run, past["seconds"], past["seconds_per_batch"])
+            return _report(config, data, run, past["seconds"], past.get("seconds_per_batch", 0.0))
         return _report(config, data, run, history.seconds, history.seconds_per_batch)
 
 
@@ -397,6 +398,7 @@ def _report(
     plot_curves(run / "metrics.csv", run / "curves.png")
     write_report(evaluation, data.val, run)
     cost = model_cost(predictor.model, predictor.preprocess.size)
+    batch = config.batch_size * processes()[1]
     summary = RunSummary(
         run=str(run),
         top1=round(evaluation.accuracy(1), 2),
@@ -405,7 +407,7 @@ def _report(
         num_macs=cost.num_macs,
         images_per_second=round(evaluation.images_per_second, 1),
         train_seconds=round(train_seconds, 1),
-        train_images_per_second=round(config.batch_size * processes()[1] / seconds_per_batch, 1),
+        train_images_per_second=round(batch / seconds_per_batch, 1) if seconds_per_batch else None,
     )
     write_text(run / SUMMARY, json.dumps(asdict(summary), indent=2) + "\n")
     return summary

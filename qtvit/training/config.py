@@ -173,8 +173,8 @@ class TrainConfig:
         bn_batch_size: images per batch and device in that estimation; default: batch_size.
         on_bad_image: stop at an image that cannot be read, or skip all of those (then all are read once, first).
         val_fraction: part of each class held out when the data has no val folder.
-        train_images: number of training images to use, drawn class by class in proportion; whatever the seed the same,
-            and a larger number adds to them. Default: all.
+        train_images: number of training images to use, drawn class by class in proportion; for data with a val part
+            the same whatever the seed, and a larger number adds to them. Default: all.
         crop_pct: part of the image's shorter side that evaluation sees; default: the model's own.
         model_args: further arguments of the model, such as {kernel: taylor2_paper, drop_path_rate: 0.1}.
         optim: optimiser, schedule and loss.
