@@ -91,12 +91,18 @@ def _pictures(text: str) -> Path:
     return path
 
 
+class _OptionParser(argparse.ArgumentParser):
+    """Takes nothing misspelt for the abbreviation of an option; nor do the parsers of its commands, which are such."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options, allow_abbrev=False)
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _OptionParser(
         prog="qtvit",
         description="QT-ViT: vision backbones with quadratic-Taylor linear attention. See also `qtvit COMMAND --help`.",
         epilog="With any command: --quiet prints results alone, no progress; --debug shows the traceback of an error.",
-        allow_abbrev=False,
     )
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
@@ -107,7 +113,7 @@ def _parser() -> argparse.ArgumentParser:
 
     train = commands.add_parser("train", help="train a model on your images")
     tasks = train.add_subparsers(metavar="TASK", required=True)
-    classify = tasks.add_parser("classify", help="image classification", add_help=False, allow_abbrev=False)
+    classify = tasks.add_parser("classify", help="image classification", add_help=False)
     classify.set_defaults(command=train_classify)
 
     evaluation = commands.add_parser("eval", help="score a trained model on labelled images")
@@ -209,7 +215,6 @@ def _parser() -> argparse.ArgumentParser:
         "The same command again goes on with what is missing; several processes with the same command share the runs.",
         epilog="The other options are those of `qtvit train classify`, such as --data, --model, --epochs, "
         "--train-images, --recipe; they hold for all rows.",
-        allow_abbrev=False,
     )
     ablation.add_argument(
         "table", help="table2 (kernels), table3 (Kronecker products), table7 (softmax residual), ape, or shortcut"

@@ -99,7 +99,9 @@ def summarize(table: Table, outcomes: Outcomes) -> list[RowResult]:
         done = [outcomes[name][seed] for seed in scores[name]]
         speeds = [speed for run in done if (speed := run["train_images_per_second"]) is not None]
         is_default = name == table.default
-        known = row.paper is not None and default.paper is not None and not is_default
+        paper_difference = None
+        if row.paper is not None and default.paper is not None and not is_default:
+            paper_difference = round(row.paper - default.paper, 2)
         results.append(
             RowResult(
                 name=name,
@@ -114,7 +116,7 @@ def summarize(table: Table, outcomes: Outcomes) -> list[RowResult]:
                 num_macs=done[0]["num_macs"] if done else None,
                 images_per_second=statistics.median(speeds) if speeds else None,
                 paper=row.paper,
-                paper_difference=round(row.paper - default.paper, 2) if known else None,  # type: ignore[operator]
+                paper_difference=paper_difference,
             )
         )
     return results

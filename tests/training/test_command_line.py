@@ -413,3 +413,11 @@ def test_module_and_script_are_the_same_command() -> None:
     )
     assert done.returncode == 2
     assert done.stderr.startswith("qtvit: error: nowhere")
+
+
+@pytest.mark.parametrize("command", ["eval nowhere --data x --batch 2", "predict nowhere x.jpg --top 2", "models --js"])
+def test_a_misspelt_option_is_no_abbreviation(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(command.split())
+    assert stop.value.code == 2
+    assert "unrecognized arguments: --" in capsys.readouterr().err
