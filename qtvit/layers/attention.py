@@ -30,6 +30,7 @@ class MultiScaleAttention(nn.Module):
         norm_eps: eps of the BatchNorms.
         ape: whether there is a positional map ("absolute positional embedding").
         shortcut: whether there is a shortcut.
+        attn_eps: what is added to the sum of a query's weights; None: the kernel's own.
         softmax_residual: threshold of `qtvit.ops.masked_softmax_attention_cf`, which is added while training, and only
             then (paper, Table 7); 0.02 in Castling-ViT's code. None: no such thing.
     """
@@ -46,6 +47,7 @@ class MultiScaleAttention(nn.Module):
         norm_eps: float = 1e-5,
         ape: bool = True,
         shortcut: bool = True,
+        attn_eps: float | None = None,
         softmax_residual: float | None = None,
     ) -> None:
         super().__init__()
@@ -56,6 +58,7 @@ class MultiScaleAttention(nn.Module):
         heads = chans // head_dim
         self.head_dim = head_dim
         self.kernel = kernel
+        self.attn_eps = attn_eps
         self.softmax_residual = softmax_residual
         self.scalars = _learnable_scalars(kernel)
         self.qkv = nn.Conv2d(chans, 3 * chans, 1, bias=False)
@@ -70,7 +73,7 @@ class MultiScaleAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.tokens(x)
-        out = linear_attention_cf(q, k, v, self.kernel, dict(self.scalars.items()))
+        out = linear_attention_cf(q, k, v, self.kernel, dict(self.scalars.items()), self.attn_eps)
         if self.softmax_residual is not None and self.training:
             out = out + masked_softmax_attention_cf(q, k, v, self.softmax_residual)
         if self.shortcut_norm is not None:

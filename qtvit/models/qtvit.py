@@ -182,7 +182,7 @@ class QTViT(nn.Module):
         num_classes: outputs of the classifier; 0 leaves it out.
         global_pool: pooling of the head, "avg", "max" or "avgmax"; "" for none, see `ClassifierHead`.
         kernel: attention kernel, a name in ``qtvit.ops.KERNELS``.
-        ape, shortcut, softmax_residual: parts of the attention, see `qtvit.layers.MultiScaleAttention`.
+        ape, shortcut, attn_eps, softmax_residual: parts of the attention, see `qtvit.layers.MultiScaleAttention`.
         drop_rate: dropout before the classifier.
         drop_path_rate: stochastic depth of the last residual unit, in [0, 1); unit i of n, counted from 0, gets
             ``drop_path_rate * (i + 1) / n``. An attention block is two units, family B's stem block none.
@@ -205,6 +205,7 @@ class QTViT(nn.Module):
         kernel: str = "taylor2",
         ape: bool = True,
         shortcut: bool = True,
+        attn_eps: float | None = None,
         softmax_residual: float | None = None,
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
@@ -226,6 +227,7 @@ class QTViT(nn.Module):
             "kernel": kernel,
             "ape": ape,
             "shortcut": shortcut,
+            "attn_eps": attn_eps,
             "softmax_residual": softmax_residual,
         }
         drop_paths = _drop_paths(cfg.stages, drop_path_rate, drop_path_skip)

@@ -13,7 +13,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from qtvit.errors import unknown_name
 
-from .kernels import EPS, KERNELS, Kernel
+from .kernels import KERNELS, Kernel
 
 AUTOCAST_DEVICES = tuple(name for name in ("cpu", "cuda", "mps", "xpu") if torch.amp.is_autocast_available(name))
 """Asked once, as compilers cannot trace the question."""
@@ -29,7 +29,12 @@ def get_kernel(name: str) -> Kernel:
 
 
 def linear_attention(
-    q: Tensor, k: Tensor, v: Tensor, kernel: str = "taylor2", scalars: Mapping[str, Tensor | float] | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kernel: str = "taylor2",
+    scalars: Mapping[str, Tensor | float] | None = None,
+    eps: float | None = None,
 ) -> Tensor:
     """Linear attention in the layout of ``torch.nn.functional.scaled_dot_product_attention``.
 
@@ -43,6 +48,7 @@ def linear_attention(
         v: (B, heads, M, E).
         kernel: a name in ``qtvit.ops.KERNELS``.
         scalars: values of the kernel's learnable scalars; those left out keep their initial values.
+        eps: what is added to the sum of weights; None: the kernel's own.
 
     Returns:
         (B, heads, N, E) in the dtype of v.
@@ -50,11 +56,16 @@ def linear_attention(
     Raises:
         ValueError: shapes that do not fit together, an unknown kernel or scalar.
     """
-    return linear_attention_cf(q.mT, k.mT, v.mT, kernel, scalars).mT
+    return linear_attention_cf(q.mT, k.mT, v.mT, kernel, scalars, eps).mT
 
 
 def linear_attention_cf(
-    q: Tensor, k: Tensor, v: Tensor, kernel: str = "taylor2", scalars: Mapping[str, Tensor | float] | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kernel: str = "taylor2",
+    scalars: Mapping[str, Tensor | float] | None = None,
+    eps: float | None = None,
 ) -> Tensor:
     """`linear_attention` channels-first.
 
@@ -78,11 +89,15 @@ def linear_attention_cf(
         weight_sum = f_k.sum(-1, keepdim=True).mT @ f_q
         if has_const:
             weight_sum = weight_sum + const * k.shape[-1]
-        return (out / (weight_sum + EPS)).to(v.dtype)
+        return (out / (weight_sum + (spec.eps if eps is None else eps))).to(v.dtype)
 
 
 def attention_weights(
-    q: Tensor, k: Tensor, kernel: str = "taylor2", scalars: Mapping[str, Tensor | float] | None = None
+    q: Tensor,
+    k: Tensor,
+    kernel: str = "taylor2",
+    scalars: Mapping[str, Tensor | float] | None = None,
+    eps: float | None = None,
 ) -> Tensor:
     """The exact weights with which `linear_attention` averages the values: any rows of the N x M matrix it never forms.
 
@@ -92,7 +107,7 @@ def attention_weights(
     Args:
         q: (B, heads, N, D), the queries of interest.
         k: (B, heads, M, D), all keys.
-        kernel, scalars: as for `linear_attention`.
+        kernel, scalars, eps: as for `linear_attention`.
 
     Returns:
         (B, heads, N, M) in fp32 (fp64 for fp64).
@@ -106,7 +121,9 @@ def attention_weights(
             return (q @ k.mT / q.shape[-1] ** 0.5).softmax(-1)
         f_q, f_k, const = spec.features(q.mT, k.mT, **given)
         weights = f_q.mT @ f_k + const
-        return weights / (weights.sum(-1, keepdim=True) + EPS) if spec.normalized else weights
+        if not spec.normalized:
+            return weights
+        return weights / (weights.sum(-1, keepdim=True) + (spec.eps if eps is None else eps))
 
 
 def masked_softmax_attention_cf(q: Tensor, k: Tensor, v: Tensor, threshold: float = 0.02) -> Tensor:

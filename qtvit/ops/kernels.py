@@ -36,11 +36,13 @@ class Kernel:
             fp64). f_q of a query depends on that query alone. None: softmax, which has no finite features.
         scalars: names and initial values of the learnable scalars that ``features`` takes.
         normalized: whether the weights of a query are divided by their sum.
+        eps: what is added to that sum.
     """
 
     features: Callable[..., Features] | None
     scalars: Mapping[str, float] = field(default_factory=dict)
     normalized: bool = True
+    eps: float = EPS
 
 
 def unit_square(x: Tensor) -> Tensor:
@@ -128,7 +130,11 @@ def taylor1(q: Tensor, k: Tensor) -> Features:
 
 
 def relu(q: Tensor, k: Tensor) -> Features:
-    """EfficientViT's kernel (Cai et al., ICCV 2023): w = <relu(q), relu(k)>. Without any weight, the output is 0."""
+    """EfficientViT's kernel (Cai et al., ICCV 2023): w = <relu(q), relu(k)>. Without any weight, the output is 0.
+
+    Weights shrink with the tokens' squares, so the eps of their sum is EfficientViT's own 1e-15 (timm's port has 1e-5):
+    where tokens are so short that it counts, the weights of a query sum to less than 1.
+    """
     return q.relu(), k.relu(), 0.0
 
 
@@ -181,7 +187,8 @@ def angular(q: Tensor, k: Tensor) -> Features:
 def focused(q: Tensor, k: Tensor) -> Features:
     """w = <f(q), f(k)>, f(x) = ‖r‖/‖r³‖·r³ with r = relu(x): FLatten Transformer (Han et al., ICCV 2023), p = 3.
 
-    The power turns a token towards its largest entry and leaves its length. (FLatten adds a depthwise convolution of
+    The power turns a token towards its largest entry and leaves its length; so eps counts for short tokens, as with
+    `relu`. (FLatten adds a depthwise convolution of
     the values, in whose place this network has its shortcut.)
     """
     return _focus(q), _focus(k), 0.0
@@ -210,13 +217,13 @@ KERNELS: dict[str, Kernel] = {
     "taylor2_paper_beta": Kernel(taylor2_paper, {"alpha": 1.0, "beta": 1.0, "gamma": 1.0}),
     "taylor2_full": Kernel(taylor2_full),
     "taylor1": Kernel(taylor1, normalized=False),
-    "relu": Kernel(relu),
+    "relu": Kernel(relu, eps=1e-15),
     "elu": Kernel(elu),
     "cosine": Kernel(cosine, normalized=False),
     "mean": Kernel(mean, normalized=False),
     "aft": Kernel(aft),
     "angular": Kernel(angular),
-    "focused": Kernel(focused),
+    "focused": Kernel(focused, eps=1e-15),
     "softmax": Kernel(None),
 }
 """Names for the ``kernel`` of models and ops; the first is the default."""

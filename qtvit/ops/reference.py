@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .kernels import EPS, KERNELS
+from .kernels import KERNELS
 
 
 def exp_taylor2(s: Tensor) -> Tensor:
@@ -132,9 +132,11 @@ REFERENCE_WEIGHTS: dict[str, Callable[..., Tensor]] = {
 }
 
 
-def reference_attention(q: Tensor, k: Tensor, v: Tensor, kernel: str = "taylor2", **scalars: float | Tensor) -> Tensor:
+def reference_attention(
+    q: Tensor, k: Tensor, v: Tensor, kernel: str = "taylor2", eps: float | None = None, **scalars: float | Tensor
+) -> Tensor:
     """O_i = Σ_j w_ij v_j / Σ_j w_ij with the N x M weights formed. Shapes as in `qtvit.ops.linear_attention`."""
     weights = REFERENCE_WEIGHTS[kernel](q, k, **scalars)
     if KERNELS[kernel].normalized:
-        weights = weights / (weights.sum(-1, keepdim=True) + EPS)
+        weights = weights / (weights.sum(-1, keepdim=True) + (KERNELS[kernel].eps if eps is None else eps))
     return weights @ v

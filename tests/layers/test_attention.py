@@ -38,11 +38,11 @@ def layer(golden: dict[str, Tensor]) -> MultiScaleAttention:
 
 
 def slow_attention(
-    q: Tensor, k: Tensor, v: Tensor, kernel: str, scalars: nn.ParameterDict | dict[str, Tensor]
+    q: Tensor, k: Tensor, v: Tensor, kernel: str, scalars: dict[str, Tensor], eps: float | None = None
 ) -> Tensor:
     """`linear_attention_cf` by way of N x N weights in float64."""
     wide = {name: scalar.double() for name, scalar in scalars.items()}
-    return reference_attention(q.mT.double(), k.mT.double(), v.mT.double(), kernel, **wide).mT.to(v.dtype)
+    return reference_attention(q.mT.double(), k.mT.double(), v.mT.double(), kernel, eps, **wide).mT.to(v.dtype)
 
 
 def test_matches_the_release(layer: MultiScaleAttention, golden: dict[str, Tensor]) -> None:

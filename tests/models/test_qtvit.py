@@ -96,9 +96,9 @@ def test_any_rectangle(
     images = [image(-(-height // shrink), -(-width // shrink)) for height, width in sizes]
     fast = [(model.forward_features(x), model(x)) for x in images]
 
-    def slow(q: Tensor, k: Tensor, v: Tensor, kernel: str, scalars: Mapping[str, Tensor]) -> Tensor:
+    def slow(q: Tensor, k: Tensor, v: Tensor, kernel: str, scalars: Mapping[str, Tensor], eps: float | None) -> Tensor:
         wide = {name: scalar.double() for name, scalar in scalars.items()}
-        return reference_attention(q.mT.double(), k.mT.double(), v.mT.double(), kernel, **wide).mT.to(v.dtype)
+        return reference_attention(q.mT.double(), k.mT.double(), v.mT.double(), kernel, eps, **wide).mT.to(v.dtype)
 
     monkeypatch.setattr("qtvit.layers.attention.linear_attention_cf", slow)
     tolerance = 1e-5 if kernel.startswith("taylor2") else 2e-4  # random tokens are long, and these feel their length

@@ -136,6 +136,18 @@ def test_weights_of_both_signs_are_divided_by_the_number_of_keys() -> None:
     assert linear_attention(1e4 * q, 1e4 * k, v, "cosine").abs().max() <= v.abs().max()
 
 
+def test_eps_is_added_to_the_sum_of_weights() -> None:
+    """EfficientViT's own for its kernel, so that its weights mean the same here; any other where it is asked for."""
+    q, k, v = 1e-6 * torch.rand(3, 1, 2, 20, 16, generator=torch.Generator().manual_seed(0))
+    row_sums = attention_weights(q, k, "relu").sum(-1)
+    torch.testing.assert_close(row_sums, torch.ones(1, 2, 20), rtol=1e-3, atol=0)
+    sums = (q @ k.mT).sum(-1)
+    torch.testing.assert_close(attention_weights(q, k, "relu", eps=1e-10).sum(-1), sums / (sums + 1e-10))
+    for eps in (None, 1e-10):
+        want = reference_attention(q.double(), k.double(), v.double(), "relu", eps).float()
+        torch.testing.assert_close(linear_attention(q, k, v, "relu", eps=eps), want, rtol=1e-4, atol=0)
+
+
 def test_fp16_saturates_where_nothing_bounds_the_output() -> None:
     q = torch.full((1, 1, 3, 8), 1e3).half()
     out = linear_attention(q, q, q, "mean")
