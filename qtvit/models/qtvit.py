@@ -18,7 +18,7 @@ import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import ClassifierHead as PoolHead
 from timm.layers import SelectAdaptivePool2d, create_act_layer, register_notrace_module, to_2tuple
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, resolve_pretrained_cfg
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
@@ -506,6 +506,13 @@ default_cfgs = generate_default_cfgs(
 
 def _create_qtvit(variant: str, pretrained: bool, **kwargs: Any) -> QTViT:
     cfg = ARCHITECTURES[variant]
+    if pretrained:
+        weights = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
+        if not (weights.has_weights or weights.state_dict):
+            raise ValueError(
+                f"no weights of {variant} can be downloaded; `qtvit convert` makes a model file from the authors' "
+                f"checkpoint, for checkpoint_path="
+            )
     return build_model_with_cfg(
         QTViT,
         variant,
