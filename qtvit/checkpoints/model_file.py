@@ -7,21 +7,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from timm.data import ImageNetInfo, resolve_model_data_config
 from torch import Tensor, nn
 
 from qtvit.files import replacing
 from qtvit.models import ARCHITECTURES, SHIPPED_WEIGHTS, QTViT, build_model
-from qtvit.models.released import rename_keys
+from qtvit.models.foreign import kernel_mismatch, rename_keys, take_over
 from qtvit.version import __version__
 
-from .weights import DEFAULT_KERNEL, TORCH_SUFFIXES, identify_model, kernel_mismatch, read_weights
+from .weights import DEFAULT_KERNEL, identify_model, possible_kernels, read_weights
 
 METADATA_KEY = "qtvit"
 WEIGHT_SOURCES = ("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir")
 """Arguments of ``timm.create_model`` that say where weights come from."""
+ATTENTION_ARGS = ("kernel", "ape", "shortcut", "attn_eps")
+"""Arguments of a model that say which weights its attention has, and what they mean."""
 BEST = "best.safetensors"
 """Name of the model file in a run folder."""
 
@@ -38,6 +40,7 @@ class ModelInfo:
         metrics: scores on the held-out images.
         split: how images were held out from training, see `qtvit.data.LabelledImages`; empty if they came apart.
         task: "classify".
+        source: the file that converted weights came from, and whose they were; empty if they were trained here.
         version: of the qtvit that wrote it.
     """
 
@@ -48,6 +51,7 @@ class ModelInfo:
     metrics: dict[str, float] = field(default_factory=dict)
     split: dict[str, Any] = field(default_factory=dict)
     task: str = "classify"
+    source: str = ""
     version: str = ""
 
 
@@ -71,12 +75,18 @@ def save_model(path: Path, state_dict: dict[str, Tensor], info: ModelInfo) -> No
             raise OSError(f"{path}: cannot be written ({error})") from error
 
 
-def load_model(path: str | Path, **model_args: Any) -> tuple[nn.Module, ModelInfo]:
-    """The model in ``path``, in evaluation mode on the CPU: a run folder, a model file, weights of a model of ours, or
-    the name of a model that comes with the package (nano-cifar10).
+def load_model(path: str | Path, *, swap_kernel: bool = False, **model_args: Any) -> tuple[nn.Module, ModelInfo]:
+    """The model in ``path``, in evaluation mode on the CPU: a run folder, a model file, weights alone (of a model of
+    ours, the authors' release, EfficientViT), or the name of a model that comes with the package (nano-cifar10).
 
     ``model_args`` are added to those it was built with, or replace them, but for the ``kernel``: weights are of one.
     For a file without a description whose kernel cannot be told, ``kernel`` says it.
+
+    Args:
+        path: where the model is.
+        swap_kernel: build a model with the default attention, or that of ``model_args``, whichever the weights were
+            trained with: all that both have is taken over, see `qtvit.models.foreign.take_over`.
+        model_args: arguments of the model.
 
     Raises:
         FileNotFoundError: there is no such file, or no model file in the run folder.
@@ -94,29 +104,43 @@ def load_model(path: str | Path, **model_args: Any) -> tuple[nn.Module, ModelInf
             )
         path = path / BEST
     kernel = model_args.get("kernel")
-    state_dict, info = read_model_file(path, kernel)
-    trained = info.model_args.get("kernel", DEFAULT_KERNEL)
-    if info.model.split(".")[0] in ARCHITECTURES and kernel not in (None, trained):
-        raise ValueError(f"{path}: its {info.model} was trained with kernel {trained}, not {kernel}")
-    info = dataclasses.replace(info, model_args={**info.model_args, **model_args})
+    state_dict, info = read_model_file(path, kernel, swap_kernel)
+    known_args, is_ours = info.model_args, info.model.split(".")[0] in ARCHITECTURES
+    trained = known_args.get("kernel", DEFAULT_KERNEL)
+    if swap_kernel:
+        if not is_ours:
+            raise ValueError(f"{path}: its {info.model} has no attention kernel that could be swapped")
+        known_args = {name: value for name, value in known_args.items() if name not in ATTENTION_ARGS}
+    elif is_ours and kernel not in (None, trained):
+        raise ValueError(
+            f"{path}: its {info.model} was trained with kernel {trained}, not {kernel} "
+            "(swap_kernel takes over what the two have in common)"
+        )
+    info = dataclasses.replace(info, model_args={**known_args, **model_args})
     model: Any = build_model(info.model, **info.model_args)
-    if isinstance(model, QTViT) and (mismatch := kernel_mismatch(state_dict, model.kernel)):
+    if swap_kernel:
+        state_dict = take_over(state_dict, model)
+    elif isinstance(model, QTViT) and (mismatch := kernel_mismatch(state_dict, model.kernel)):
         raise ValueError(f"{path}: {mismatch}")
     try:
         model.load_state_dict(state_dict)
     except RuntimeError as error:
         first, *more = str(error).splitlines()[1:]
-        raise ValueError(f"{path}: its weights do not fit {info.model}: {first.strip()} ({len(more)} more)") from error
+        others = f" ({len(more)} more)" if more else ""
+        raise ValueError(f"{path}: its weights do not fit {info.model}: {first.strip()}{others}") from error
     if len(info.classes) != model.num_classes:
         raise ValueError(f"{path}: names {len(info.classes)} classes, but its {info.model} has {model.num_classes}")
     return model.eval(), info
 
 
-def read_model_file(path: Path, kernel: str | None = None) -> tuple[dict[str, Tensor], ModelInfo]:
+def read_model_file(
+    path: Path, kernel: str | None = None, any_kernel: bool = False
+) -> tuple[dict[str, Tensor], ModelInfo]:
     """The state dict, with our names, and the description of the model in a file.
 
     Weights without a description (`read_weights`) get the one that `identify_model` allows for: ImageNet's classes if
-    there are 1000, and the model's default preprocessing. ``kernel`` is for these.
+    there are 1000, and the model's default preprocessing. ``kernel`` is for these: their kernel, unless ``any_kernel``
+    says that it does not matter.
 
     Raises:
         FileNotFoundError, ValueError: as `load_model`.
@@ -124,30 +148,27 @@ def read_model_file(path: Path, kernel: str | None = None) -> tuple[dict[str, Te
     if not path.is_file():
         names = ", ".join(sorted(file.stem for file in SHIPPED_WEIGHTS.glob("*.safetensors")))
         raise FileNotFoundError(f"{path}: no such run folder or model file (with the package comes: {names})")
-    metadata = None if path.suffix.lower() in TORCH_SUFFIXES else _metadata(path)
-    state_dict = read_weights(path)
-    if metadata is None:
+    weights = read_weights(path)
+    if METADATA_KEY not in weights.metadata:
+        state_dict = weights.tensors
         try:
-            return _describe(state_dict, kernel)
+            name, model_args = identify_model(state_dict, None if any_kernel else kernel)
+            if not any_kernel and kernel is None and len(possible_kernels(state_dict)) > 1:
+                why = kernel_mismatch(state_dict, DEFAULT_KERNEL)
+                raise ValueError(f"{why}; load_model(path, kernel=…) takes the one that {name} was trained with")
+            return describe(state_dict, name, model_args)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
     try:
-        return state_dict, ModelInfo(**json.loads(metadata))
+        return weights.tensors, ModelInfo(**json.loads(weights.metadata[METADATA_KEY]))
     except (TypeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path}: written by another version of qtvit than this {__version__} ({error})") from error
 
 
-def _metadata(path: Path) -> str | None:
-    try:
-        with safe_open(path, framework="pt") as file:
-            return (file.metadata() or {}).get(METADATA_KEY)
-    except SafetensorError as error:
-        raise ValueError(f"{path}: not a safetensors file ({error})") from error
-
-
-def _describe(state_dict: dict[str, Tensor], kernel: str | None) -> tuple[dict[str, Tensor], ModelInfo]:
-    """Weights under our names, and what can be said of them."""
-    name, model_args = identify_model(state_dict, kernel)
+def describe(
+    state_dict: dict[str, Tensor], name: str, model_args: dict[str, Any]
+) -> tuple[dict[str, Tensor], ModelInfo]:
+    """Weights (of anybody's) of the model ``name`` under our names, and what can be said of them."""
     with torch.device("meta"):
         model: Any = build_model(name, **model_args)
     num_classes = model_args["num_classes"]

@@ -1,116 +1,179 @@
-"""Files that hold weights alone: of the authors' release, or a state dict of a model of ours."""
+"""Files that hold weights alone: of the authors' release, of EfficientViT, or a state dict of a model of ours."""
 
 import pickle
 import re
-from collections.abc import Mapping
+import zipfile
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from qtvit.errors import some
 from qtvit.models import ARCHITECTURES, QTViT, build_model
-from qtvit.models.released import rename_keys
-from qtvit.ops import KERNELS, get_kernel
+from qtvit.models.foreign import (
+    TIMM_ATTN_EPS,
+    kernel_mismatch,
+    kernel_scalars,
+    kernels_with,
+    rename_keys,
+    source_of,
+)
+from qtvit.ops import KERNELS
 
 TORCH_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".tar")
 """Files that torch.save wrote; all others are taken for safetensors."""
 DEFAULT_KERNEL = next(iter(KERNELS))
 """Of a model that is built without the argument."""
+_STATE_DICTS = ("state_dict", "model")
+_AVERAGED = ("ema", "state_dict_ema", "model_ema")
 
 
-def read_weights(path: Path) -> dict[str, Tensor]:
+@dataclass
+class Weights:
+    """What a file holds of weights.
+
+    Attributes:
+        tensors: the state dict, without prefixes that wrappers had put before its names.
+        remarks: what else was found, and what was done about it.
+        metadata: of a safetensors file.
+    """
+
+    tensors: dict[str, Tensor]
+    remarks: list[str] = field(default_factory=list)
+    metadata: dict[str, str] = field(default_factory=dict)
+
+
+def read_weights(path: Path, ema: bool = False) -> Weights:
     """The state dict in a .safetensors file or in one that ``torch.save`` wrote, whose code, if any, is never run.
 
-    A dict that has it under ``state_dict``, as the release does, is unwrapped, and prefixes that DataParallel and
-    torch.compile put before the names are taken off.
+    A dict that has it under ``state_dict`` (the release, MIT) or ``model`` (timm) is unwrapped, and prefixes that
+    DataParallel and torch.compile put before the names are taken off.
+
+    Args:
+        path: of the file.
+        ema: take the moving average instead, in the dict's ``ema`` ({decay: weights}), ``state_dict_ema`` or
+            ``model_ema``.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is not of either kind, or holds something else than tensors by name.
+        ValueError: it is not of either kind, holds something else than tensors by name, or no moving average.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such weights file")
-    content: Any = _torch_load(path) if path.suffix.lower() in TORCH_SUFFIXES else _safetensors_load(path)
+    metadata: dict[str, str] = {}
+    try:
+        if path.suffix.lower() in TORCH_SUFFIXES:
+            content = _torch_load(path)
+        else:
+            content, metadata = _safetensors_load(path)
+        tensors, remarks = _unpack(content, ema)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    stripped = {re.sub(r"^((module|_orig_mod)\.)+", "", name): tensor for name, tensor in tensors.items()}
+    if stripped.keys() != tensors.keys():
+        remarks.append("prefixes of DataParallel or torch.compile (module., _orig_mod.) taken off the names")
+    return Weights(stripped, remarks, metadata)
+
+
+def _unpack(content: Any, ema: bool) -> tuple[dict[str, Tensor], list[str]]:
+    """The state dict in what a file holds, plain or within a training checkpoint; and remarks."""
     if isinstance(content, Mapping) and "pytorch-lightning_version" in content:
-        raise ValueError(f"{path}: the state of a training run; give its run folder, or best.safetensors in there")
-    if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
-        content = content["state_dict"]
+        raise ValueError("the state of a training run; give its run folder, or best.safetensors in there")
+    remarks = []
+    if isinstance(content, Mapping):
+        plain = next((name for name in _STATE_DICTS if isinstance(content.get(name), Mapping)), None)
+        averaged = next((name for name in _AVERAGED if isinstance(content.get(name), Mapping)), None)
+        if ema and averaged is None:
+            raise ValueError(f"holds no moving average of the weights (none of {', '.join(_AVERAGED)})")
+        name = averaged if ema else plain
+        left_out = [str(key) for key in content if key != name]
+        if name is not None:
+            content = content[name]
+            remarks = [f"weights under {name!r} taken; left out: {', '.join(left_out)}"] if left_out else []
+            if not ema and averaged:
+                remarks[0] += f" ({averaged!r} is a moving average: --ema takes that)"
+        if ema and not any(isinstance(value, Tensor) for value in content.values()):
+            by_decay = {str(decay): value for decay, value in content.items() if isinstance(value, Mapping)}
+            if len(by_decay) != 1:
+                raise ValueError(f"holds moving averages of {len(by_decay)} decays ({', '.join(by_decay)}), not of one")
+            decay, content = next(iter(by_decay.items()))
+            remarks.append(f"moving average of decay {decay}")
     if not isinstance(content, Mapping) or not content:
-        raise ValueError(f"{path}: holds no state dict, but {_kind(content)}")
+        raise ValueError(f"holds no state dict, but {_kind(content)}")
     for name, value in content.items():
         if not isinstance(name, str) or not isinstance(value, Tensor):
-            raise ValueError(f"{path}: holds no state dict: {name!r} is {_kind(value)}, not a tensor")
-    return {re.sub(r"^((module|_orig_mod)\.)+", "", name): tensor for name, tensor in content.items()}
+            raise ValueError(f"holds no state dict: {name!r} is {_kind(value)}, not a tensor")
+    return dict(content), remarks
 
 
-def kernel_scalars(state_dict: Mapping[str, Tensor]) -> set[str]:
-    """Names of the learnable scalars of the attention kernel, under our names or the release's."""
-    found = (re.search(r"(?:^|\.)(?:scalars\.(\w+)|ones_scale1)$", key) for key in state_dict)
-    return {match[1] or "c" for match in found if match}
+def identify_model(
+    state_dict: Mapping[str, Tensor], kernel: str | None = None, name: str | None = None
+) -> tuple[str, dict[str, Any]]:
+    """The model whose weights these are, by names (anybody's) and shapes: its name and its arguments.
 
+    The arguments are ``num_classes``, and others where they are not the model's default: ``in_chans``, ``img_size``,
+    ``kernel``, ``ape``, ``shortcut``, and timm's ``attn_eps``. The kernel is told by its scalars; if several have the
+    same, it is EfficientViT's for weights of EfficientViT, and otherwise the first of `possible_kernels`.
 
-def kernel_mismatch(state_dict: Mapping[str, Tensor], kernel: str) -> str:
-    """What says that the weights are of another kernel than ``kernel``, by their scalars; nothing if they may be."""
-    own, expected = kernel_scalars(state_dict), set(get_kernel(kernel).scalars)
-    if own == expected:
-        return ""
-    wrong = [f"{name} is missing" for name in sorted(expected - own)]
-    wrong += [f"{name} is not of this kernel" for name in sorted(own - expected)]
-    return (
-        f"weights of a model with another kernel than {kernel} (of its scalars, {', '.join(wrong)}); "
-        f"kernels with such weights: {', '.join(_kernels_with(own)) or 'none of this version'}"
-    )
-
-
-def _kernels_with(scalars: set[str]) -> list[str]:
-    return [name for name, spec in KERNELS.items() if set(spec.scalars) == scalars]
-
-
-def identify_model(state_dict: Mapping[str, Tensor], kernel: str | None = None) -> tuple[str, dict[str, Any]]:
-    """The model whose weights these are, by names (ours or the release's) and shapes: its name and its arguments.
-
-    The arguments are ``num_classes``, and ``in_chans``, ``img_size`` and ``kernel`` where they are not the model's
-    default. The kernel is told by its scalars; where several kernels have the same, it is the default or has to be
-    given.
+    Args:
+        state_dict: the weights.
+        kernel: the kernel, if it is known.
+        name: the model, if it is known.
 
     Raises:
         ValueError: the weights are not exactly those of one of our models, with what is wrong for the closest; or they
-            are of another ``kernel``, or of one that cannot be told.
+            are of another ``kernel`` or model.
     """
-    candidates = _kernels_with(kernel_scalars(state_dict))
-    assumed = kernel or next(iter(candidates), DEFAULT_KERNEL)
-    kernel_args = {} if assumed == DEFAULT_KERNEL else {"kernel": assumed}
+    assumed = kernel or next(iter(possible_kernels(state_dict)), DEFAULT_KERNEL)
+    parts = _attention_args(state_dict, assumed)
     differences: dict[str, list[str]] = {}
-    for name in ARCHITECTURES:
+    for candidate in ARCHITECTURES if name is None else [name]:
         with torch.device("meta"):
-            model: Any = build_model(name, **kernel_args)
+            model: Any = build_model(candidate, **parts)
         shapes = _shapes(rename_keys(state_dict, model))
-        model_args = {**_model_args(shapes, model), **kernel_args}
+        model_args = {**_model_args(shapes, model), **parts}
         names = [key for key in model.state_dict() if model_args["num_classes"] or not key.startswith("head.fc.")]
         wrong = [f"{key} is missing" for key in names if key not in shapes]
         wrong += [f"{key} is not of this model" for key in shapes if key not in names]
         if not wrong:
             with torch.device("meta"):
-                expected = _shapes(build_model(name, **model_args).state_dict())
+                expected = _shapes(build_model(candidate, **model_args).state_dict())
             wrong = [f"{key} is {shapes[key]}, not {shape}" for key, shape in expected.items() if shapes[key] != shape]
-            if not wrong and kernel is None and len(candidates) > 1 and assumed != DEFAULT_KERNEL:
-                why = kernel_mismatch(state_dict, DEFAULT_KERNEL)
-                raise ValueError(f"{why}; load_model(path, kernel=…) takes the one that {name} was trained with")
             if not wrong:
-                return name, model_args
+                return candidate, model_args
         if shapes.keys() & set(names):
-            differences[name] = wrong
+            differences[candidate] = wrong
     if not differences:
-        names = [*state_dict][:3]
-        raise ValueError(f"not the weights of a model of ours; the first names in it are {', '.join(names)}")
+        whose = "a model of ours" if name is None else name
+        raise ValueError(f"not the weights of {whose}; the first names in it are {', '.join([*state_dict][:3])}")
     if mismatch := kernel_mismatch(state_dict, assumed):
         raise ValueError(mismatch)
     closest, wrong = min(differences.items(), key=lambda item: len(item[1]))
+    found = f"a model of ours; the closest is {closest}, but" if name is None else f"{name}:"
     more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-    raise ValueError(f"not the weights of a model of ours; the closest is {closest}, but {'; '.join(wrong[:3])}{more}")
+    raise ValueError(f"not the weights of {found} {'; '.join(wrong[:3])}{more}")
+
+
+def possible_kernels(names: Iterable[str]) -> list[str]:
+    """The kernels that weights of these names may have been trained with."""
+    names = set(names)
+    if source_of(names) in ("mit", "timm"):
+        return ["relu"]
+    return kernels_with(kernel_scalars(names))
+
+
+def _attention_args(names: Iterable[str], kernel: str) -> dict[str, Any]:
+    """The arguments of the attention, other than default, that the names speak of."""
+    names = set(names)
+    args: dict[str, Any] = {} if kernel == DEFAULT_KERNEL else {"kernel": kernel}
+    for part, name in (("ape", r"(pos_embed|positional_encoding)$"), ("shortcut", r"(shortcut_norm|main\.bn)\.\w+$")):
+        if not any(re.search(name, key) for key in names):
+            args[part] = False
+    return {**args, "attn_eps": TIMM_ATTN_EPS} if source_of(names) == "timm" else args
 
 
 def _shapes(state_dict: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
@@ -126,31 +189,55 @@ def _model_args(shapes: Mapping[str, tuple[int, ...]], model: QTViT) -> dict[str
     match shapes.get("stages.0.0.conv.weight"):
         case (_, in_chans, _, _) if in_chans != model.in_chans:
             model_args["in_chans"] = in_chans
-    first_map, default = next((key, value.shape) for key, value in model.state_dict().items() if "pos_embed" in key)
-    match shapes.get(first_map):
-        case (_, _, height, width) if (height, width) != default[2:]:
-            reduction = model.feature_info[int(first_map.split(".")[1])]["reduction"]
-            model_args["img_size"] = [height * reduction, width * reduction]
+    for key, value in model.state_dict().items():
+        match shapes.get(key):
+            case (_, _, height, width) if key.endswith("pos_embed") and (height, width) != value.shape[2:]:
+                reduction = model.feature_info[int(key.split(".")[1])]["reduction"]
+                return {**model_args, "img_size": [height * reduction, width * reduction]}
     return model_args
 
 
 def _torch_load(path: Path) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        culprit = re.search(r"GLOBAL (\S+)", str(error))
-        what = f"{culprit[1]}, which is not loaded as it could run code" if culprit else "no weights of PyTorch"
-        raise ValueError(f"{path}: holds {what}; expected a state dict of tensors") from error
-    except Exception as error:  # what else a file that is cut short or of another kind makes of torch.load
-        reason = str(error).partition("\n")[0] or type(error).__name__
-        raise ValueError(f"{path}: not a weights file of PyTorch ({reason})") from error
+    except Exception as error:  # what a file that is cut short or of another kind makes of torch.load
+        if culprit := isinstance(error, pickle.UnpicklingError) and re.search(r"GLOBAL (\S+)", str(error)):
+            raise ValueError(
+                f"holds {culprit[1]}, which is not loaded as it could run code; expected a state dict of tensors. If "
+                "you trust the file, write its weights alone to another: torch.save(torch.load(file, weights_only="
+                "False)['state_dict'], 'weights.pt')"
+            ) from error
+        raise ValueError(f"{_look(path)}; expected a state dict of tensors that torch.save wrote") from error
 
 
-def _safetensors_load(path: Path) -> dict[str, Tensor]:
+def _safetensors_load(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
-        return load_file(path)
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except SafetensorError as error:
-        raise ValueError(f"{path}: not a safetensors file ({error})") from error
+        raise ValueError(f"{_look(path)}; expected a safetensors file") from error
+
+
+def _look(path: Path) -> str:
+    """What a file is that is not what its name says."""
+    with path.open("rb") as file:
+        start = file.read(512)
+    if not start:
+        return "an empty file (0 bytes)"
+    if start.startswith(b"version https://git-lfs"):
+        return "a Git LFS pointer in place of the file (git lfs pull gets it)"
+    if zipfile.is_zipfile(path):
+        names = zipfile.ZipFile(path).namelist()
+        if any(name.endswith("/constants.pkl") for name in names):
+            return "a TorchScript archive, not weights"
+        if any(name.endswith("data.pkl") for name in names):
+            return "a file of torch.save that is damaged or, by its content, not one of weights"
+        return f"a zip archive of {some(names)}"
+    if start[8:9] == b"{":
+        return "a safetensors file by its content, or what is left of one"
+    if text := re.fullmatch(rb"[\s!-~]+", start[:40]):
+        return f"a text file that begins with {text[0].decode()!r}"
+    return "a file that is damaged, cut short or of another kind"
 
 
 def _kind(value: object) -> str:

@@ -34,7 +34,7 @@ from qtvit.layers import (
     recompute,
 )
 
-from .released import checkpoint_filter_fn, released_name
+from .foreign import checkpoint_filter_fn, kernel_mismatch, released_name
 
 
 @dataclass(frozen=True)
@@ -360,6 +360,26 @@ class QTViT(nn.Module):
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         blocks = r"^stages\.(\d+)" if coarse else [(r"^stages\.(\d+)\.(\d+)", None)]
         return {"stem": r"^stages\.0\.0\.", "blocks": blocks}
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """Called by ``load_state_dict``: weights under anybody's names become ours, see `checkpoint_filter_fn`."""
+        given = {key: state_dict.pop(key) for key in list(state_dict) if key.startswith(prefix)}
+        weights = checkpoint_filter_fn({key.removeprefix(prefix): value for key, value in given.items()}, self)
+        if strict and (mismatch := kernel_mismatch(weights, self.kernel)):
+            error_msgs.append(mismatch)
+        state_dict.update({prefix + key: value for key, value in weights.items()})
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
 
     def _run_stage(self, stage: nn.Module, x: Tensor) -> Tensor:
         if not (self.grad_checkpointing and self.training):

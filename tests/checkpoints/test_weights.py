@@ -1,21 +1,24 @@
 """Plain weights files, of the release and of others."""
 
 import argparse
+import io
 import json
 import os
 import pickle
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save as safetensors
 from safetensors.torch import save_file
 from timm.data import ImageNetInfo
 from torch import Tensor, nn
 
 from qtvit.checkpoints import identify_model, load_model, read_weights
 from qtvit.models import ARCHITECTURES, build_model
-from qtvit.models.released import released_name
+from qtvit.models.foreign import released_name
 
 SHAPES = json.loads((Path(__file__).parents[1] / "golden" / "released_state_dict_shapes.json").read_text())
 Weights = dict[str, Tensor]
@@ -112,7 +115,7 @@ def test_arguments_can_be_added(nano: Weights, tmp_path: Path) -> None:
 
 def test_the_tensors_are_read_as_they_are(nano: Weights, tmp_path: Path) -> None:
     torch.save({"state_dict": released(nano), "ema": {0.9: {}}}, tmp_path / "x.pth")
-    read = read_weights(tmp_path / "x.pth")
+    read = read_weights(tmp_path / "x.pth").tensors
     assert read.keys() == released(nano).keys()
     assert all(torch.equal(read[key], value) for key, value in released(nano).items())
 
@@ -144,6 +147,14 @@ def test_code_in_a_file_is_not_run(legacy: bool, nano: Weights, tmp_path: Path) 
     assert not marker.exists()
 
 
+def zip_of(*names: str) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        for name in names:
+            archive.writestr(name, "")
+    return buffer.getvalue()
+
+
 def broken_files(weights: Weights) -> list[tuple[Any, str]]:
     """What a .pth file holds, and what the error has to say."""
     resnet = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)).state_dict()
@@ -151,9 +162,14 @@ def broken_files(weights: Weights) -> list[tuple[Any, str]]:
     head = released(weights)
     head.pop("head.op_list.0.conv.weight", None)
     return [
-        (b"", "not a weights file of PyTorch (EOFError)"),
-        (b"<html>not found</html>", "holds no weights of PyTorch"),
-        (b"PK\x03\x04 cut short", "not a weights file of PyTorch"),
+        (b"", "an empty file (0 bytes); expected a state dict of tensors that torch.save wrote"),
+        (b"<html>not found</html>", "a text file that begins with '<html>not found</html>'; expected"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "a Git LFS pointer in place of the file"),
+        (b"PK\x03\x04 cut short", "a file that is damaged, cut short or of another kind; expected"),
+        (zip_of("a.txt", "b.txt"), "a zip archive of a.txt, b.txt; expected"),
+        (zip_of("x/constants.pkl", "x/data.pkl"), "a TorchScript archive, not weights; expected"),
+        (zip_of("x/data.pkl"), "a file of torch.save that is damaged or"),
+        (safetensors({"a": torch.zeros(1)}), "a safetensors file by its content"),
         ([1, 2], "holds no state dict, but of type list"),
         (torch.zeros(2), "holds no state dict, but of type Tensor"),
         ({}, "holds no state dict, but an empty dict"),

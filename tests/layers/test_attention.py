@@ -12,7 +12,7 @@ from timm.layers import Attention
 from torch import Tensor, nn
 
 from qtvit.layers import LinearAttention, MultiScaleAttention
-from qtvit.models.released import _ATTENTION_NAMES
+from qtvit.models.foreign import _ATTENTION_NAMES
 from qtvit.ops import KERNELS, attention_weights, masked_softmax_attention_cf, reference_attention
 
 GOLDEN = Path(__file__).parents[1] / "golden"

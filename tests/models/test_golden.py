@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from qtvit.models import ARCHITECTURES, Architecture, QTViT
-from qtvit.models.qtvit import _family_b, _family_l, checkpoint_filter_fn, released_name
+from qtvit.models.foreign import checkpoint_filter_fn, released_name
+from qtvit.models.qtvit import _family_b, _family_l
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 SHAPES = json.loads((GOLDEN / "released_state_dict_shapes.json").read_text())

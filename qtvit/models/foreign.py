@@ -1,0 +1,191 @@
+"""Weights of others: the names of our state dict's entries in their checkpoints, and what a model makes of those.
+
+The authors' release of QT-ViT builds on MIT's EfficientViT and has its names, with three additions (positional maps,
+the shortcut's norm, the kernel's scalar). timm's port of EfficientViT has names of its own.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from qtvit.ops import KERNELS, get_kernel
+
+if TYPE_CHECKING:
+    from .qtvit import Architecture, QTViT
+
+TIMM_ATTN_EPS = 1e-5
+"""What timm's EfficientViT adds to its sums of weights."""
+
+_logger = logging.getLogger(__name__)
+
+_ATTENTION_NAMES = {
+    "scalars.c": "ones_scale1",
+    "scalars.": "scalars.",  # of kernels that were not released
+    "pos_embed": "positional_encoding",
+    "qkv.": "qkv.conv.",
+    "aggregate.": "aggreg.0.",
+    "shortcut_norm.": "bn.",
+    "proj.": "proj.",
+}
+_RELEASED_HEAD = {
+    "in_conv.": "op_list.0.",
+    "hidden.": "op_list.2.linear.",
+    "norm.": "op_list.2.norm.",
+    "fc.": "op_list.3.linear.",
+}
+_TIMM_HEAD = {
+    "in_conv.": "in_conv.",
+    "hidden.": "classifier.0.",
+    "norm.": "classifier.1.",
+    "fc.": "classifier.4.",
+}
+_NEW_PART = re.compile(r"\.attn\.(scalars\.\w+|pos_embed|shortcut_norm\.\w+)$")
+
+
+def released_name(key: str, cfg: Architecture) -> str:
+    """The name in the authors' checkpoints, and in MIT's, of the entry ``key`` of our state dict.
+
+    Their family B counts the stem apart from the stages, their family L does not.
+    """
+    if key.startswith("head."):
+        return "head." + _replace_prefix(key.removeprefix("head."), _RELEASED_HEAD)
+    stage, block, name = _split(key)
+    if not _has_residual_stem(cfg):
+        prefix = f"backbone.stages.{stage}"
+    else:
+        prefix = "backbone.input_stem" if stage == 0 else f"backbone.stages.{stage - 1}"
+    return f"{prefix}.op_list.{block}.{_in_block(name, is_first=block == 0, is_stem=stage == 0)}"
+
+
+def timm_name(key: str, cfg: Architecture) -> str:
+    """The name in the state dict of timm's ``efficientvit_*`` of the entry ``key`` of ours."""
+    if key.startswith("head."):
+        return "head." + _replace_prefix(key.removeprefix("head."), _TIMM_HEAD)
+    stage, block, name = _split(key)
+    if stage > 0:
+        prefix = f"stages.{stage - 1}.blocks.{block}"
+    else:
+        prefix = "stem.in_conv" if block == 0 else f"stem.res{block - 1}"
+    return f"{prefix}.{_in_block(name, is_first=block == 0, is_stem=stage == 0)}"
+
+
+def _split(key: str) -> tuple[int, int, str]:
+    match = re.fullmatch(r"stages\.(\d+)\.(\d+)\.(.+)", key)
+    if match is None:
+        raise ValueError(f"{key!r} is no entry of a QTViT state dict")
+    return int(match[1]), int(match[2]), match[3]
+
+
+def _has_residual_stem(cfg: Architecture) -> bool:
+    return cfg.stages[0].block == "ds"
+
+
+def _in_block(name: str, *, is_first: bool, is_stem: bool) -> str:
+    if name.startswith("attn."):
+        return "context_module.main." + _replace_prefix(name.removeprefix("attn."), _ATTENTION_NAMES)
+    if name.startswith("local."):
+        return name.replace("local.", "local_module.main.", 1)
+    return f"main.{name}" if is_first and not is_stem else name
+
+
+def _replace_prefix(name: str, table: Mapping[str, str]) -> str:
+    for ours, theirs in table.items():
+        if name.startswith(ours):
+            return theirs + name.removeprefix(ours)
+    raise ValueError(f"no released counterpart for {name!r}")
+
+
+def source_of(names: Iterable[str]) -> str:
+    """Whose names these are: "qtvit", "release", "mit", "timm", or "" for nobody's that is known here."""
+    names = set(names)
+    if "stem.in_conv.conv.weight" in names:
+        return "timm"
+    if any(name.startswith("backbone.") for name in names):
+        additions = re.compile(r"\.(positional_encoding|ones_scale1|scalars\.\w+|main\.bn\.\w+)$")
+        return "release" if any(additions.search(name) for name in names) else "mit"
+    return "qtvit" if "stages.0.0.conv.weight" in names else ""
+
+
+def own_names(names: Iterable[str], model: QTViT) -> dict[str, str]:
+    """Our name for each of these names, whosever they are; those that are nobody's stay as they are."""
+    ours = {name(key, model.cfg): key for name in (released_name, timm_name) for key in model.state_dict()}
+    return {name: ours.get(name, name) for name in names}
+
+
+def rename_keys(state_dict: Mapping[str, Any], model: QTViT) -> dict[str, Tensor]:
+    """A state dict with our names from one with anybody's."""
+    names = own_names(state_dict, model)
+    return {names[key]: value for key, value in state_dict.items()}
+
+
+def new_parts(model: QTViT) -> dict[str, Tensor]:
+    """What QT-ViT's attention has and EfficientViT's has not, with the values that disturb least.
+
+    Positional maps of 0, shortcuts that are silent (GELU(0) = 0; their gradient is not), scalars as in a new model.
+    """
+    scalars, parts = get_kernel(model.kernel).scalars, {}
+    for key, value in model.state_dict().items():
+        if _NEW_PART.search(key):
+            name = key.rpartition(".")[2]
+            parts[key] = torch.full_like(value, 1.0 if name == "running_var" else scalars.get(name, 0.0))
+    return parts
+
+
+def take_over(state_dict: Mapping[str, Tensor], model: QTViT) -> dict[str, Tensor]:
+    """What ``model`` takes over of weights (with our names) that were trained with another attention.
+
+    Everything that both have; parts that only ``model`` has begin as `new_parts`, those that it has not are left out.
+    """
+    own = model.state_dict().keys()
+    kept = {key: value for key, value in state_dict.items() if key in own or not _NEW_PART.search(key)}
+    return {**{key: value for key, value in new_parts(model).items() if key not in kept}, **kept}
+
+
+def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: QTViT) -> dict[str, Tensor]:
+    """What ``model`` can load of a checkpoint, whosever names it has: also what timm calls with downloaded weights.
+
+    Positional maps are resized to the model's own, as they are at run time. EfficientViT's weights are completed by
+    `new_parts`.
+    """
+    state_dict = state_dict.get("state_dict", state_dict)
+    renamed = rename_keys(state_dict, model)
+    if source_of(state_dict) in ("mit", "timm"):
+        added = new_parts(model).keys() - renamed.keys()
+        renamed = take_over(renamed, model)
+        if added:
+            _logger.info(f"EfficientViT's weights for a model with {len(added)} entries more, which begin silent")
+    for key, own in model.state_dict().items():
+        if key.endswith("pos_embed") and key in renamed and renamed[key].shape[2:] != own.shape[2:]:
+            renamed[key] = F.interpolate(renamed[key].float(), size=own.shape[2:], mode="bicubic", align_corners=False)
+    return renamed
+
+
+def kernel_scalars(names: Iterable[str]) -> set[str]:
+    """Names of the learnable scalars of the attention kernel among those of a state dict, ours or the release's."""
+    found = (re.search(r"(?:^|\.)(?:scalars\.(\w+)|ones_scale1)$", name) for name in names)
+    return {match[1] or "c" for match in found if match}
+
+
+def kernels_with(scalars: set[str]) -> list[str]:
+    """The kernels that have just these learnable scalars."""
+    return [name for name, spec in KERNELS.items() if set(spec.scalars) == scalars]
+
+
+def kernel_mismatch(names: Iterable[str], kernel: str) -> str:
+    """What says that weights of these names are of another kernel than ``kernel``; nothing if they may be of it."""
+    own, expected = kernel_scalars(names), set(get_kernel(kernel).scalars)
+    if own == expected:
+        return ""
+    wrong = [f"{name} is missing" for name in sorted(expected - own)]
+    wrong += [f"{name} is not of this kernel" for name in sorted(own - expected)]
+    return (
+        f"weights of a model with another kernel than {kernel} (of its scalars, {', '.join(wrong)}); "
+        f"kernels with such weights: {', '.join(kernels_with(own)) or 'none of this version'}"
+    )
