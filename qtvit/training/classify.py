@@ -22,6 +22,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from qtvit import console
 from qtvit.checkpoints import BEST, WEIGHT_SOURCES, ModelInfo, load_model, own_args
+from qtvit.checkpoints.model_file import ATTENTION_ARGS
 from qtvit.data import (
     DIGITS,
     ImageDataset,
@@ -40,6 +41,7 @@ from qtvit.models import ARCHITECTURES, build_model, check_img_size, model_cost
 
 from .callbacks import EpochLines, EstimateBatchNorm, EvaluateEvery, History, SaveBest, SaveState
 from .config import DEFAULT_MODEL, AugmentConfig, TrainConfig, save_config
+from .distill import Distillation, load_distillation
 from .evaluate import evaluate
 from .finite import StopAtNonFinite
 from .mixing import mix, soft_targets
@@ -98,16 +100,29 @@ class Classifier(Task):
         num_classes: its outputs.
         config: of the run.
         class_weights: (num_classes,) weights of the loss, or None.
+        distillation: from a teacher, or None.
     """
 
     def __init__(
-        self, model: nn.Module, num_classes: int, config: TrainConfig, class_weights: Tensor | None = None
+        self,
+        model: nn.Module,
+        num_classes: int,
+        config: TrainConfig,
+        class_weights: Tensor | None = None,
+        distillation: Distillation | None = None,
     ) -> None:
-        super().__init__(model, config)
+        weights = distillation.weights if distillation else {}
+        super().__init__(model, config, loss_parts=list(weights))
+        self.distillation = distillation
+        self.distill_weights = weights
         self.num_classes = num_classes
         self.class_weights: Tensor | None
         self.register_buffer("class_weights", class_weights, persistent=False)
         self.scores = nn.ModuleDict({f"{prefix}scores": _scores(num_classes) for prefix in self.networks})
+
+    def on_fit_start(self) -> None:
+        if self.distillation is not None:
+            self.distillation.teacher.to(self.device)
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         images, labels = batch
@@ -115,14 +130,20 @@ class Classifier(Task):
         targets = soft_targets(labels, self.num_classes, optim.label_smoothing)
         images = images.contiguous(memory_format=torch.channels_last)
         images, targets = mix(images, targets, mixup=augment.mixup, cutmix=augment.cutmix, alpha=augment.mix_alpha)
-        logits = self.model(images)
+        parts: dict[str, Tensor] = {}
+        if self.distillation is None:
+            logits = self.model(images)
+        else:
+            logits, parts = self.distillation(self.model, images)
         loss = classification_loss(logits, targets, optim.loss, self.class_weights)
+        for name, weight in self.distill_weights.items():
+            loss = loss + weight * parts[name]
         if self.ema is not None and ema.mesa_ratio and self.progress >= ema.mesa_start:
             with torch.no_grad():
                 teacher = self.ema(images).float()
             beliefs = teacher.sigmoid() if optim.loss == "bce" else teacher.softmax(-1)
             loss = loss + ema.mesa_ratio * classification_loss(logits, beliefs, optim.loss)
-        self.count_loss(loss, len(labels))
+        self.count_loss(loss, len(labels), parts)
         return loss
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
@@ -213,10 +234,13 @@ def run_training(config: TrainConfig) -> RunSummary | None:
     model, info = _build_again(past) if past else _build(config, data)
     config = replace(config, model=info.model)
     image_size = Preprocess(**info.preprocess).size
-    for size in (image_size, *config.augment.train_shapes()):
+    sizes = (image_size, *config.augment.train_shapes())
+    for size in sizes:
         check_img_size(model, size, "--img-size" if size == image_size else "--augment.train-sizes")
+    distillation = None if finished else load_distillation(config, model, info, sizes, past.get("teacher"))
     weights = class_weights([label for _, label in data.train], len(data.classes), config.optim.class_weights)
-    task = Classifier(model.to(memory_format=torch.channels_last), len(data.classes), config, weights)
+    model = model.to(memory_format=torch.channels_last)
+    task = Classifier(model, len(data.classes), config, weights, distillation)
     batches, train_loader, val_loader, bn_loader = _loaders(config, data, Preprocess(**info.preprocess), device)
 
     with open_run(config, f"{config.model}-{data.name}") as run:
@@ -239,10 +263,13 @@ def run_training(config: TrainConfig) -> RunSummary | None:
             )
         description: dict[str, Any] = {"data": data.digest(), "info": asdict(info), "world_size": world_size}
         description["stream_workers"] = config.num_workers if data.stream else None
+        description["teacher"] = distillation.digest() if distillation else None
         save_state = SaveState(run, batches, history, description, config.checkpoint_every_steps)
         callbacks += [history, save_state, EpochLines(history, EPOCH_COLUMNS)]
         if not finished:  # else only its report is missing
             with warnings.catch_warnings(), save_state.listening():
+                if config.swap_kernel and not past:
+                    history.rows.append(_score_start(task, device, run, val_loader, bn_loader))
                 trainer = build_trainer(config, device, run, callbacks)
                 trainer.fit(task, train_loader, val_loader, ckpt_path=state)
             if trainer.current_epoch < config.epochs:
@@ -253,6 +280,22 @@ def run_training(config: TrainConfig) -> RunSummary | None:
         if finished:
             return _report(config, data, run, past["seconds"], past.get("seconds_per_batch", 0.0))
         return _report(config, data, run, history.seconds, history.seconds_per_batch)
+
+
+def _score_start(
+    task: Task,
+    device: torch.device,
+    run: Path,
+    val_loader: DataLoader,
+    bn_loader: Iterable[tuple[Tensor, Tensor]] | None,
+) -> dict[str, float]:
+    """The scores before the first step, as a row of `History`."""
+    callbacks: list[Callback] = [] if bn_loader is None else [EstimateBatchNorm(bn_loader)]
+    trainer = build_trainer(task.config, device, run, callbacks, inference_mode=False)  # as within training
+    [scores] = trainer.validate(task, val_loader, verbose=False)
+    values = "  ".join(text.format(scores[name]) for name, text in EPOCH_COLUMNS.items() if name in scores)
+    console.say(f"epoch 0/{task.config.epochs}  {values}  (before the first step)")
+    return {"epoch": 0, "step": 0, **scores}
 
 
 def _read_data(config: TrainConfig, past: dict[str, Any], world_size: int) -> LabelledImages:
@@ -288,7 +331,12 @@ def _build(config: TrainConfig, data: LabelledImages) -> tuple[Any, ModelInfo]:
         console.say(f"--freeze {config.freeze} without --checkpoint keeps random weights as they are")
     model: Any  # timm's models have methods that torch's do not know of
     if config.checkpoint is not None:
-        model, source = load_model(config.checkpoint, **config.model_args)
+        try:
+            model, source = load_model(config.checkpoint, swap_kernel=config.swap_kernel, **config.model_args)
+        except ValueError as error:
+            if config.swap_kernel or not config.model_args.keys() & set(ATTENTION_ARGS):
+                raise
+            raise ValueError(f"{error}; --swap-kernel true takes over the weights that both have") from error
         if config.model not in (None, source.model):
             raise ValueError(f"--checkpoint {config.checkpoint} holds {source.model}, not {config.model}")
         name = source.model
@@ -325,6 +373,7 @@ def _resolved(config: TrainConfig, info: ModelInfo, device: torch.device) -> Tra
         config,
         data=config.data if config.data == DIGITS else absolute(config.data) or config.data,
         checkpoint=absolute(config.checkpoint),
+        distill=replace(config.distill, teacher=absolute(config.distill.teacher)),
         output=None,
         resume=None,
         img_size="x".join(map(str, info.preprocess["size"])),

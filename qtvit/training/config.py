@@ -135,6 +135,30 @@ class EmaConfig:
 
 
 @dataclass
+class DistillConfig:
+    """Distillation: a teacher's view of the same images adds to the loss of the labels.
+
+    Args:
+        teacher: run folder or model file; default: the checkpoint as it was, with its own kernel.
+        logits: weight of the divergence from the teacher's class probabilities; 0 for none.
+        features: weight of the relative squared error of the outputs of the stages with attention; 0 for none.
+        temperature: divisor of all logits before they are compared; above 1, improbable classes count for more.
+    """
+
+    teacher: str | None = None
+    logits: float = 0.0
+    features: float = 0.0
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("logits", "features"):
+            _require(getattr(self, name) >= 0, f"distill.{name}", getattr(self, name), "0 or more")
+        _require(self.temperature > 0, "distill.temperature", self.temperature, "more than 0")
+        used = self.teacher is None or self.logits > 0 or self.features > 0
+        _require(used, "distill.teacher", self.teacher, "null without distill.logits and distill.features")
+
+
+@dataclass
 class TrainConfig:
     """Train an image classifier.
 
@@ -150,6 +174,8 @@ class TrainConfig:
         batch_size: images per step and device.
         lr: peak learning rate per device: it is multiplied by the number of devices.
         checkpoint: run folder or model file to start from; default: random weights.
+        swap_kernel: take over the weights of a checkpoint whose model has another kernel, or no positional maps or
+            shortcut, such as an EfficientViT; it is evaluated before the first step too, as epoch 0.
         resume: run folder whose training is to go on where it stopped; its own settings apply, but for data, device,
             num_workers, num_threads and checkpoint_every_steps.
         checkpoint_every_steps: steps after which the training state is saved within an epoch too; null for its end
@@ -180,6 +206,7 @@ class TrainConfig:
         optim: optimiser, schedule and loss.
         augment: augmentation of training images.
         ema: moving average of the weights.
+        distill: learning from a teacher.
     """
 
     data: str
@@ -190,6 +217,7 @@ class TrainConfig:
     batch_size: int = 64
     lr: float = 1e-3
     checkpoint: str | None = None
+    swap_kernel: bool = False
     resume: str | None = None
     checkpoint_every_steps: int | None = None
     freeze: str | None = None
@@ -215,6 +243,7 @@ class TrainConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     ema: EmaConfig = field(default_factory=EmaConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
 
     def __post_init__(self) -> None:
         from_1 = ("epochs", "eval_every", "batch_size", "accumulate", "num_threads", "bn_batch_size", "early_stopping")
@@ -230,6 +259,15 @@ class TrainConfig:
             self.freeze,
             "backbone, or stages=N",
         )
+        if self.checkpoint is None:
+            _require(
+                not self.swap_kernel, "swap_kernel", self.swap_kernel, "false without a --checkpoint to start from"
+            )
+            for name in ("logits", "features"):
+                weight, taught = getattr(self.distill, name), self.distill.teacher is not None
+                _require(
+                    taught or not weight, f"distill.{name}", weight, "0 without a --checkpoint or --distill.teacher"
+                )
         for name in ("num_classes", "in_chans"):
             _require(name not in self.model_args, f"model_args.{name}", self.model_args.get(name), "left to the data")
         self.image_shape()

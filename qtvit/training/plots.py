@@ -35,7 +35,7 @@ def plot_curves(metrics_csv: Path, out: Path) -> None:
         rows = list(csv.DictReader(file))
 
     def series(name: str) -> tuple[list[float], list[float]]:
-        points = [(float(row["epoch"]) + 1, float(row[name])) for row in rows if row.get(name)]
+        points = [(float(row["epoch"]), float(row[name])) for row in rows if row.get(name)]
         return [x for x, _ in points], [y for _, y in points]
 
     figure = Figure(figsize=(12, 3.6), layout="constrained")

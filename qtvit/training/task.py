@@ -1,10 +1,12 @@
 """What the training of every task shares: the network, its moving average, optimiser, schedule and stochastic depth."""
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import lightning
 import timm.layers
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
 from qtvit.data.sampling import seed_everywhere
@@ -21,14 +23,17 @@ class Task(lightning.LightningModule):
     Args:
         model: the network.
         config: of the run.
+        loss_parts: names of losses to log besides the whole.
     """
 
-    def __init__(self, model: nn.Module, config: TrainConfig) -> None:
+    def __init__(self, model: nn.Module, config: TrainConfig, loss_parts: Sequence[str] = ()) -> None:
         super().__init__()
         self.model = model
         self.config = config
         self.ema = MovingAverage(model, config.ema.decay, config.ema.warmup_steps) if config.ema.decay else None
-        self.loss_sum = torch.zeros(2)  # of this process: loss times images, and images; no buffer, DDP would share it
+        self.loss_names = ("loss", *loss_parts)
+        self.loss_sums = torch.zeros(len(self.loss_names) + 1)
+        """Of this process: each loss times images, and images. No buffer, or DDP would share it."""
         self.num_backoffs = 0
         self.num_steps = self.num_warmup = 1
         self.frozen = freeze(model, config.freeze)
@@ -66,10 +71,11 @@ class Task(lightning.LightningModule):
         if self.config.optim.drop_path_ramp:
             set_drop_path(self.model, self.progress)
 
-    def count_loss(self, loss: Tensor, num_images: int) -> None:
-        """Take the loss of a step into the mean of the epoch."""
-        counted = torch.stack([loss.detach() * num_images, loss.new_tensor(num_images)])
-        self.loss_sum = self.loss_sum.to(loss.device) + counted.float()
+    def count_loss(self, loss: Tensor, num_images: int, parts: Mapping[str, Tensor] | None = None) -> None:
+        """Take the loss of a step, and its ``loss_parts``, into the means of the epoch."""
+        losses = {"loss": loss, **(parts or {})}
+        counted = [losses[name].detach().float() * num_images for name in self.loss_names]
+        self.loss_sums = self.loss_sums.to(loss.device) + torch.stack([*counted, counted[0].new_tensor(num_images)])
         self.log("loss", loss.detach(), prog_bar=True, logger=False)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
@@ -78,23 +84,26 @@ class Task(lightning.LightningModule):
             self.ema.update_parameters(self.model)
 
     def on_validation_epoch_end(self) -> None:
-        self.log_epoch()
+        if self.trainer.state.fn == TrainerFn.FITTING:  # an evaluation before the first step has no epoch
+            self.log_epoch()
 
     def log_epoch(self) -> None:
         """Log what there is to say of an epoch whether it is evaluated or not."""
-        total = self.trainer.strategy.reduce(self.loss_sum, reduce_op="sum")
-        self.log("train/loss", total[0] / total[1])
+        *losses, num_images = self.trainer.strategy.reduce(self.loss_sums, reduce_op="sum")
+        for name, loss in zip(self.loss_names, losses, strict=True):
+            self.log(f"train/{name}", loss / num_images)
         self.log("lr", self.trainer.optimizers[0].param_groups[-1]["lr"])
         if self.config.precision == "16-mixed":
             self.log("train/backoffs", float(self.num_backoffs))
-        self.loss_sum = torch.zeros_like(self.loss_sum)
+        self.loss_sums = torch.zeros_like(self.loss_sums)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        gathered: Any = self.all_gather(self.loss_sum)  # of every process, so that each finds its own
-        checkpoint["task"] = {"loss_sums": gathered.reshape(-1, 2).cpu(), "num_backoffs": self.num_backoffs}
+        gathered: Any = self.all_gather(self.loss_sums)  # of every process, so that each finds its own
+        loss_sums = gathered.reshape(-1, len(self.loss_sums)).cpu()
+        checkpoint["task"] = {"loss_sums": loss_sums, "num_backoffs": self.num_backoffs}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self.loss_sum = checkpoint["task"]["loss_sums"][self.global_rank]
+        self.loss_sums = checkpoint["task"]["loss_sums"][self.global_rank]
         self.num_backoffs = checkpoint["task"]["num_backoffs"]
 
     def configure_optimizers(self) -> Any:

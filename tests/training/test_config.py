@@ -35,7 +35,7 @@ def test_the_saved_configuration_is_a_recipe(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", recipe_names())
 def test_shipped_recipes_parse_and_say_their_command(name: str) -> None:
-    parse_config(["--recipe", name, "--data", "d"])
+    parse_config(["--recipe", name, "--data", "d", "--checkpoint", "RUN"])
 
 
 OFF = [
