@@ -224,6 +224,32 @@ def _parser() -> argparse.ArgumentParser:
     ablation.add_argument("--output", metavar="FOLDER", help="default: runs/ablate-TABLE-MODEL-DATA")
     ablation.set_defaults(command=ablate)
 
+    conversion = commands.add_parser(
+        "convert",
+        help="make a model file of weights of others: the authors' release, EfficientViT (MIT's, timm's)",
+        description="Finds the model that the weights are of, maps every tensor, and writes a model file that every "
+        "command and timm take; whatever it cannot explain is an error.",
+    )
+    conversion.add_argument("src", help="weights (.pt, .pth, .safetensors), model file, run folder, or nano-cifar10")
+    conversion.add_argument(
+        "dst", type=_new_file, help="file to write: .safetensors; with --to released .pt or .pth too"
+    )
+    conversion.add_argument("--model", metavar="NAME", help="the model they have to be of (default: found by shapes)")
+    conversion.add_argument(
+        "--kernel", metavar="NAME", help="attention kernel of the model to write (taylor2 for EfficientViT's weights)"
+    )
+    conversion.add_argument(
+        "--img-size", nargs=2, type=_positive, metavar=("H", "W"), help="image size to resize positional maps to"
+    )
+    conversion.add_argument("--ema", action="store_true", help="take the moving average in a training checkpoint")
+    conversion.add_argument("--classes", type=Path, metavar="FILE", help="names of the classes, one a line")
+    conversion.add_argument(
+        "--to", choices=("qtvit", "released"), default="qtvit", help="released: names of the authors' code (qtvit)"
+    )
+    conversion.add_argument("--overwrite", action="store_true", help="replace DST if it exists")
+    conversion.add_argument("-v", "--verbose", action="store_true", help="list every tensor")
+    conversion.set_defaults(command=convert)
+
     data = commands.add_parser("data", help="prepare image folders: pack them into shards, check them")
     what = data.add_subparsers(metavar="WHAT", required=True)
     pack = what.add_parser(
@@ -570,6 +596,32 @@ def ablate(args: argparse.Namespace) -> None:
     for line in lines:
         console.result(line)
     print(f"results: {ablation.folder}/results.json, results.md, results.png")
+
+
+def convert(args: argparse.Namespace) -> None:
+    """``qtvit convert``."""
+    released = args.to == "released"
+    suffixes = [".safetensors", *([".pt", ".pth"] if released else [])]
+    if args.dst.suffix.lower() not in suffixes:
+        raise ValueError(f"{args.dst}: the file to write has to end in {' or '.join(suffixes)}")
+    if args.dst.exists() and not args.overwrite:
+        raise FileExistsError(f"{args.dst} exists already; name another file, or replace it with --overwrite")
+    classes = None
+    if args.classes:
+        classes = [line.strip() for line in args.classes.read_text(encoding="utf-8").splitlines() if line.strip()]
+
+    from qtvit import checkpoints
+
+    conversion = checkpoints.convert(
+        args.src, model=args.model, kernel=args.kernel, img_size=args.img_size, ema=args.ema, classes=classes
+    )
+    _make_parent(args.dst)
+    if released:
+        checkpoints.save_released(args.dst, conversion.state_dict, conversion.info)
+    else:
+        checkpoints.save_model(args.dst, conversion.state_dict, conversion.info)
+    print(conversion.report(args.verbose))
+    print(f"written: {args.dst}")
 
 
 def pack_data(args: argparse.Namespace) -> None:

@@ -17,7 +17,8 @@ from qtvit.models import ARCHITECTURES, SHIPPED_WEIGHTS, QTViT, build_model
 from qtvit.models.foreign import kernel_mismatch, rename_keys, take_over
 from qtvit.version import __version__
 
-from .weights import DEFAULT_KERNEL, identify_model, possible_kernels, read_weights
+from .hub import HUB_FILE, locate
+from .weights import DEFAULT_KERNEL, Weights, identify_model, possible_kernels, read_weights
 
 METADATA_KEY = "qtvit"
 WEIGHT_SOURCES = ("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir")
@@ -54,6 +55,20 @@ class ModelInfo:
     source: str = ""
     version: str = ""
 
+    @classmethod
+    def of_weights(cls, model: str, model_args: dict[str, Any]) -> "ModelInfo":
+        """What can be said of weights without a description: ImageNet's classes if there are 1000, and the model's
+        default preprocessing.
+        """
+        num_classes = model_args["num_classes"]
+        imagenet = ImageNetInfo().label_names()
+        classes = list(imagenet) if num_classes == len(imagenet) else [f"class {i}" for i in range(num_classes)]
+        with torch.device("meta"):
+            cfg = resolve_model_data_config(build_model(model, **model_args))
+        preprocess = {name: cfg[name] for name in ("crop_pct", "interpolation", "mean", "std")}
+        preprocess["size"] = list(model_args.get("img_size", cfg["input_size"][1:]))
+        return cls(model, model_args, classes, preprocess)
+
 
 def own_args(model_args: dict[str, Any]) -> dict[str, Any]:
     """The arguments of a model without those that say where its weights come from: a model file holds its own."""
@@ -77,7 +92,8 @@ def save_model(path: Path, state_dict: dict[str, Tensor], info: ModelInfo) -> No
 
 def load_model(path: str | Path, *, swap_kernel: bool = False, **model_args: Any) -> tuple[nn.Module, ModelInfo]:
     """The model in ``path``, in evaluation mode on the CPU: a run folder, a model file, weights alone (of a model of
-    ours, the authors' release, EfficientViT), or the name of a model that comes with the package (nano-cifar10).
+    ours, the authors' release, EfficientViT), the name of a model that comes with the package (nano-cifar10), or of
+    one on the Hugging Face Hub ("hf-hub:USER/MODEL").
 
     ``model_args`` are added to those it was built with, or replace them, but for the ``kernel``: weights are of one.
     For a file without a description whose kernel cannot be told, ``kernel`` says it.
@@ -93,16 +109,7 @@ def load_model(path: str | Path, *, swap_kernel: bool = False, **model_args: Any
         ValueError: it holds no model of ours, was trained with another kernel, or its weights or classes do not fit
             its model.
     """
-    path = Path(path)
-    shipped = SHIPPED_WEIGHTS / f"{path}.safetensors"
-    if not path.exists() and path.name == str(path) and shipped.is_file():
-        path = shipped
-    if path.is_dir():
-        if not (path / BEST).is_file():
-            raise FileNotFoundError(
-                f"{path}: no {BEST} in this folder, so it is not a run folder, or its run has saved nothing yet"
-            )
-        path = path / BEST
+    path = find_model_file(path)
     kernel = model_args.get("kernel")
     state_dict, info = read_model_file(path, kernel, swap_kernel)
     known_args, is_ours = info.model_args, info.model.split(".")[0] in ARCHITECTURES
@@ -133,48 +140,68 @@ def load_model(path: str | Path, *, swap_kernel: bool = False, **model_args: Any
     return model.eval(), info
 
 
+def find_model_file(path: str | Path) -> Path:
+    """The file meant by a run folder, a file, the name of a model that comes with the package, or one on the Hub
+    (`qtvit.checkpoints.hub.locate`).
+
+    Raises:
+        FileNotFoundError: there is none.
+        OSError, ValueError: as `locate`.
+    """
+    path = locate(path)
+    shipped = SHIPPED_WEIGHTS / f"{path}.safetensors"
+    if not path.exists() and path.name == str(path) and shipped.is_file():
+        return shipped
+    if path.is_dir():
+        for name in (BEST, HUB_FILE):
+            if (path / name).is_file():
+                return path / name
+        raise FileNotFoundError(
+            f"{path}: no {BEST} in this folder, nor {HUB_FILE}, so it is neither a run folder nor a model of the Hub, "
+            "or its run has saved nothing yet"
+        )
+    if not path.is_file():
+        names = ", ".join(sorted(file.stem for file in SHIPPED_WEIGHTS.glob("*.safetensors")))
+        raise FileNotFoundError(f"{path}: no such run folder or model file (with the package comes: {names})")
+    return path
+
+
 def read_model_file(
     path: Path, kernel: str | None = None, any_kernel: bool = False
 ) -> tuple[dict[str, Tensor], ModelInfo]:
     """The state dict, with our names, and the description of the model in a file.
 
-    Weights without a description (`read_weights`) get the one that `identify_model` allows for: ImageNet's classes if
-    there are 1000, and the model's default preprocessing. ``kernel`` is for these: their kernel, unless ``any_kernel``
-    says that it does not matter.
+    Weights without a description (`read_weights`) get the one that `identify_model` allows for. ``kernel`` is for
+    these: their kernel, unless ``any_kernel`` says that it does not matter.
 
     Raises:
         FileNotFoundError, ValueError: as `load_model`.
     """
-    if not path.is_file():
-        names = ", ".join(sorted(file.stem for file in SHIPPED_WEIGHTS.glob("*.safetensors")))
-        raise FileNotFoundError(f"{path}: no such run folder or model file (with the package comes: {names})")
     weights = read_weights(path)
-    if METADATA_KEY not in weights.metadata:
-        state_dict = weights.tensors
-        try:
-            name, model_args = identify_model(state_dict, None if any_kernel else kernel)
-            if not any_kernel and kernel is None and len(possible_kernels(state_dict)) > 1:
-                why = kernel_mismatch(state_dict, DEFAULT_KERNEL)
-                raise ValueError(f"{why}; load_model(path, kernel=…) takes the one that {name} was trained with")
-            return describe(state_dict, name, model_args)
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
+    state_dict = weights.tensors
     try:
-        return weights.tensors, ModelInfo(**json.loads(weights.metadata[METADATA_KEY]))
-    except (TypeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path}: written by another version of qtvit than this {__version__} ({error})") from error
-
-
-def describe(
-    state_dict: dict[str, Tensor], name: str, model_args: dict[str, Any]
-) -> tuple[dict[str, Tensor], ModelInfo]:
-    """Weights (of anybody's) of the model ``name`` under our names, and what can be said of them."""
+        if info := described(weights):
+            return state_dict, info
+        name, model_args = identify_model(state_dict, None if any_kernel else kernel)
+        if not any_kernel and kernel is None and len(possible_kernels(state_dict)) > 1:
+            why = kernel_mismatch(state_dict, DEFAULT_KERNEL)
+            raise ValueError(f"{why}; load_model(path, kernel=…) takes the one that {name} was trained with")
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
     with torch.device("meta"):
         model: Any = build_model(name, **model_args)
-    num_classes = model_args["num_classes"]
-    imagenet = ImageNetInfo().label_names()
-    classes = list(imagenet) if num_classes == len(imagenet) else [f"class {i}" for i in range(num_classes)]
-    cfg = resolve_model_data_config(model)
-    preprocess = {name: cfg[name] for name in ("crop_pct", "interpolation", "mean", "std")}
-    preprocess["size"] = list(model_args.get("img_size", cfg["input_size"][1:]))
-    return rename_keys(state_dict, model), ModelInfo(name, model_args, classes, preprocess)
+    return rename_keys(state_dict, model), ModelInfo.of_weights(name, model_args)
+
+
+def described(weights: Weights) -> ModelInfo | None:
+    """The description in a model file's metadata; None if the file holds weights alone.
+
+    Raises:
+        ValueError: it is of another version of qtvit.
+    """
+    if METADATA_KEY not in weights.metadata:
+        return None
+    try:
+        return ModelInfo(**json.loads(weights.metadata[METADATA_KEY]))
+    except (TypeError, json.JSONDecodeError) as error:
+        raise ValueError(f"written by another version of qtvit than this {__version__} ({error})") from error

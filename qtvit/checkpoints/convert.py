@@ -1,0 +1,215 @@
+"""Weights of others as model files of ours, and ours under the authors' names."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from qtvit.errors import unknown_name
+from qtvit.files import replacing
+from qtvit.models import ARCHITECTURES, build_model
+from qtvit.models.foreign import kernel_mismatch, own_names, released_name, source_of
+
+from .model_file import ModelInfo, described, find_model_file
+from .weights import DEFAULT_KERNEL, Weights, identify_model, possible_kernels, read_weights
+
+SOURCES = {
+    "qtvit": "a model of qtvit",
+    "release": "the authors' release of QT-ViT",
+    "mit": "MIT's EfficientViT",
+    "timm": "timm's EfficientViT",
+}
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """A state dict under our names, and how it came about.
+
+    Attributes:
+        state_dict: of a new model ``info.model`` that has loaded the weights, strictly.
+        info: description for the model file.
+        mapped: for each tensor that was in the file, its name there by its name in ``state_dict``.
+        transformed: what was done to some of them, by our name.
+        added: the parts that the source's attention has not, at the values that disturb least.
+        remarks: what else is worth knowing.
+    """
+
+    state_dict: dict[str, Tensor]
+    info: ModelInfo
+    mapped: dict[str, str]
+    transformed: dict[str, str]
+    added: list[str]
+    remarks: list[str]
+
+    def report(self, verbose: bool = False) -> str:
+        """Counts of what was mapped, transformed and added; with ``verbose``, every tensor."""
+        num_params = sum(p.numel() for p in build_model(self.info.model, **self.info.model_args).parameters())
+        what = ", ".join(f"{name}={value}" for name, value in self.info.model_args.items())
+        lines = [
+            f"{self.info.source} -> {self.info.model} ({what}; {num_params / 1e6:.2f} M parameters)",
+            f"  mapped       {len(self.mapped):4d}",
+            f"  transformed  {len(self.transformed):4d}  {_counts(self.transformed.values())}",
+            f"  added        {len(self.added):4d}  {_counts(_part(name) for name in self.added)}",
+            "  missing         0",
+            "  unexpected      0",
+        ]
+        if verbose:
+            for name, tensor in self.state_dict.items():
+                origin = f"<- {self.mapped[name]}" if name in self.mapped else "added"
+                done = f"  ({self.transformed[name]})" if name in self.transformed else ""
+                lines.append(f"    {name}  {'x'.join(map(str, tensor.shape)) or 'scalar'}  {origin}{done}")
+        return "\n".join(line.rstrip() for line in [*lines, *(f"  {remark}" for remark in self.remarks)])
+
+
+def convert(
+    src: str | Path,
+    *,
+    model: str | None = None,
+    kernel: str | None = None,
+    img_size: Sequence[int] | None = None,
+    ema: bool = False,
+    classes: Sequence[str] | None = None,
+) -> Conversion:
+    """The weights in ``src`` under our names, checked by loading them strictly.
+
+    The release and models of ours stay what they are. EfficientViT's weights go into a QT-ViT: all that they have is
+    taken over, the positional maps begin at 0, the shortcuts silent. With ``kernel="relu"`` its outputs are those of
+    the source, with another they are a start for fine-tuning.
+
+    Args:
+        src: weights file (see `read_weights`), model file, run folder, or name of a model that comes with the package.
+        model: the model they have to be of; default: found by names and shapes.
+        kernel: of the model to write; for weights of ours whose kernel cannot be told, theirs. Default: theirs, or
+            "taylor2" for those of EfficientViT.
+        img_size: (H, W) to which the positional maps are resized; default: theirs.
+        ema: take the moving average in a training checkpoint.
+        classes: names of the classes, in the order of the outputs.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it holds no weights, or not exactly those of one model.
+    """
+    if model not in (None, *ARCHITECTURES):
+        raise unknown_name("model", model, ARCHITECTURES)
+    path = find_model_file(src)
+    weights = read_weights(path, ema)
+    try:
+        return _convert(path, weights, model, kernel, img_size, classes)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _convert(
+    path: Path,
+    weights: Weights,
+    name: str | None,
+    kernel: str | None,
+    img_size: Sequence[int] | None,
+    classes: Sequence[str] | None,
+) -> Conversion:
+    remarks = list(weights.remarks)
+    source = source_of(weights.tensors)
+    if info := described(weights):
+        if name not in (None, info.model):
+            raise ValueError(f"described as {info.model}, not {name}")
+        if info.model.split(".")[0] not in ARCHITECTURES:
+            raise ValueError(f"holds {info.model}, a model of timm's; there is nothing to convert")
+        kernels = [info.model_args.get("kernel", DEFAULT_KERNEL)]
+    else:
+        kernels = possible_kernels(weights.tensors)
+        known = kernel if source == "qtvit" else None
+        info = ModelInfo.of_weights(*identify_model(weights.tensors, known, name))
+    if not all(tensor.isfinite().all() for tensor in weights.tensors.values()):
+        broken = [name for name, tensor in weights.tensors.items() if not tensor.isfinite().all()]
+        raise ValueError(f"NaN or infinity in {len(broken)} tensors: {', '.join(broken[:3])}")
+
+    args = dict(info.model_args)
+    if source in ("mit", "timm"):
+        kernel = kernel or DEFAULT_KERNEL
+        for part in ("kernel", "ape", "shortcut"):
+            args.pop(part, None)
+        if kernel != DEFAULT_KERNEL:
+            args["kernel"] = kernel
+        if kernel != "relu":
+            args.pop("attn_eps", None)
+            remarks.append(
+                f"kernel relu -> {kernel}: the outputs are not EfficientViT's until the model is fine-tuned (with "
+                "--kernel relu they are); the recipe swap/efficientvit_to_qtvit does that, from the source itself"
+            )
+    elif kernel is None and len(kernels) > 1:
+        raise ValueError(
+            f"{kernel_mismatch(weights.tensors, DEFAULT_KERNEL)}; --kernel says which they were trained with"
+        )
+    elif kernel is not None and kernel not in kernels:
+        raise ValueError(kernel_mismatch(weights.tensors, kernel) or f"trained with kernel {kernels[0]}, not {kernel}")
+    if img_size is not None:
+        args["img_size"] = list(img_size)
+        info = replace(info, preprocess={**info.preprocess, "size": list(img_size)})
+    if classes is not None:
+        if len(classes) != args.get("num_classes", len(info.classes)):
+            raise ValueError(f"has {len(info.classes)} outputs, but {len(classes)} classes are named")
+        info = replace(info, classes=list(classes))
+    info = replace(info, model_args=args, source=info.source or f"{path.name}, {SOURCES[source]}")
+
+    target: Any = build_model(info.model, **args)
+    target.load_state_dict(weights.tensors)
+    state_dict = target.state_dict()
+    mapped = {ours: theirs for theirs, ours in own_names(weights.tensors, target).items()}
+    transformed = {
+        ours: change
+        for ours, theirs in mapped.items()
+        if (change := _change(weights.tensors[theirs], state_dict[ours]))
+    }
+    return Conversion(state_dict, info, mapped, transformed, [n for n in state_dict if n not in mapped], remarks)
+
+
+def save_released(path: Path, state_dict: dict[str, Tensor], info: ModelInfo) -> None:
+    """Write weights of ours as the authors' code loads them: under its names, in a .pt file within ``state_dict``.
+
+    Raises:
+        ValueError: the model has another kernel than theirs, or lacks a part that theirs has.
+        OSError: the file cannot be written.
+    """
+    for name, only in (("kernel", DEFAULT_KERNEL), ("ape", True), ("shortcut", True)):
+        if info.model_args.get(name, only) != only:
+            raise ValueError(f"the authors' code has {name}={only} alone, this model {name}={info.model_args[name]}")
+    cfg = ARCHITECTURES[info.model.split(".")[0]]
+    released = {released_name(name, cfg): tensor.contiguous() for name, tensor in state_dict.items()}
+    with replacing(path) as temporary:
+        try:
+            if path.suffix == ".safetensors":
+                save_file(released, temporary)
+            else:
+                torch.save({"state_dict": released}, temporary)
+        except (SafetensorError, RuntimeError) as error:
+            raise OSError(f"{path}: cannot be written ({error})") from error
+
+
+def _change(before: Tensor, after: Tensor) -> str:
+    """What was done to a tensor, apart from its name."""
+    changes = []
+    if before.dtype != after.dtype:
+        changes.append(f"{_dtype(before)} -> {_dtype(after)}")
+    if before.shape != after.shape:
+        changes.append("map resized " + " -> ".join("x".join(map(str, t.shape[2:])) for t in (before, after)))
+    return ", ".join(changes)
+
+
+def _dtype(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def _part(name: str) -> str:
+    if "pos_embed" in name:
+        return "positional maps at 0"
+    return "tensors of silent shortcuts" if "shortcut_norm" in name else "kernel scalars"
+
+
+def _counts(items: Any) -> str:
+    return ", ".join(f"{count} {item}" for item, count in Counter(items).items())
