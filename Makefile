@@ -8,7 +8,7 @@ quickstart: .venv/train.stamp  ## train the smallest model on built-in digits
 	$(BIN)/qtvit quickstart
 
 test: .venv/dev.stamp  ## run the tests
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses auto --dist loadfile
 
 lint: .venv/dev.stamp  ## style and types
 	$(BIN)/ruff check .
