@@ -4,8 +4,10 @@ import csv
 import io
 import os
 import signal
+import statistics
 import threading
 import time
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -30,6 +32,8 @@ from .task import Task
 
 LAST = "last.ckpt"
 PREVIOUS = "previous.ckpt"
+LATEST_STEPS = 1000
+"""So many count for the speed of training."""
 
 
 class Interrupted(KeyboardInterrupt):
@@ -272,8 +276,8 @@ class EstimateBatchNorm(Callback):
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.eval()
             norm.momentum = momentum
-            for statistics in (norm.running_mean, norm.running_var):
-                statistics.copy_(trainer.strategy.reduce(statistics, reduce_op="mean"))
+            for buffer in (norm.running_mean, norm.running_var):
+                buffer.copy_(trainer.strategy.reduce(buffer, reduce_op="mean"))
 
     @torch.no_grad()
     def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
@@ -295,8 +299,10 @@ class History(Callback):
         self.path = path
         self.rows: list[dict[str, float]] = []
         self.seconds = 0.0
-        self.steps = {"batches": 0, "seconds": 0.0}
-        """Batches trained on, and the time that took without loading them, evaluation and checkpoints."""
+        self.step_seconds: deque[float] = deque(maxlen=LATEST_STEPS)
+        """Of the latest steps, the time per batch, without loading them, evaluation and checkpoints."""
+        self.since_step: list[float] = []
+        """That of the batches whose gradients go into the next step."""
         self.evaluated = False
         """Whether this epoch was; Lightning keeps the scores of the evaluation before."""
 
@@ -305,6 +311,7 @@ class History(Callback):
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         self.start = time.perf_counter()
+        self.last_step = trainer.global_step
 
     def on_train_batch_start(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, batch: Any, batch_idx: int
@@ -314,8 +321,11 @@ class History(Callback):
     def on_train_batch_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self.steps["batches"] += 1
-        self.steps["seconds"] += time.perf_counter() - self.step_start
+        self.since_step.append(time.perf_counter() - self.step_start)
+        if trainer.global_step != self.last_step:
+            self.last_step = trainer.global_step
+            self.step_seconds.append(statistics.fmean(self.since_step))
+            self.since_step.clear()
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         logged = sorted(trainer.logged_metrics.items())
@@ -340,16 +350,18 @@ class History(Callback):
 
     @property
     def seconds_per_batch(self) -> float:
-        """Of the training step alone, as an average over the run."""
-        return self.steps["seconds"] / max(self.steps["batches"], 1)
+        """Of the training step alone: the median of the latest steps, which the slow first ones do not change."""
+        return statistics.median(self.step_seconds) if self.step_seconds else 0.0
 
     def state_dict(self) -> dict[str, Any]:
-        return {"rows": self.rows, "seconds": self.lap(), "steps": self.steps}
+        return {"rows": self.rows, "seconds": self.lap(), "steps": {"seconds": list(self.step_seconds)}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.rows = state_dict["rows"]
         self.seconds = state_dict["seconds"]
-        self.steps = state_dict.get("steps", self.steps)
+        seconds = state_dict.get("steps", {}).get("seconds")
+        if isinstance(seconds, list):  # earlier versions had a sum here
+            self.step_seconds.extend(seconds)
 
 
 class EpochLines(Callback):
