@@ -22,6 +22,7 @@ TRAIN = (
     "--eval-every 2 --train-images 20 --ema.decay 0.5 --ema.warmup-steps 0 --augment.random-erasing 0.3"
 )
 EVALUATED = [2, 3]
+SEVEN = "--epochs 7 --eval-every 3"
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -89,6 +90,48 @@ def test_an_interrupted_run_goes_on_to_the_same_end(
     assert main(["train", "classify", "--resume", str(run)]) == 0
     assert "is gone" not in capsys.readouterr().out
     same_end(run, uninterrupted)
+
+
+@pytest.fixture
+def validated(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The epochs that are evaluated, in turn."""
+    epochs: list[int] = []
+    function = Classifier.on_validation_epoch_end
+
+    def counted(task: Classifier) -> None:
+        epochs.append(task.current_epoch + 1)
+        function(task)
+
+    monkeypatch.setattr(Classifier, "on_validation_epoch_end", counted)
+    return epochs
+
+
+@pytest.fixture(scope="module")
+def seven(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("seven") / "run"
+    assert main([*TRAIN.split(), *SEVEN.split(), "--data", str(photos), "--output", str(run)]) == 0
+    return run
+
+
+# The first steps of epochs 3, 4 and 7: in the middle of an epoch that is evaluated, of one that is not, of the last.
+@pytest.mark.parametrize("step", [5, 7, 13])
+def test_a_resumed_run_evaluates_the_same_epochs_once(
+    step: int, photos: Path, seven: Path, validated: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert [int(row["epoch"]) for row in rows(seven) if row["val/top1"]] == [3, 6, 7]
+    function, calls = Classifier.training_step, itertools.count(1)
+
+    def interrupted(*args: object) -> object:
+        if next(calls) == step:
+            signal.raise_signal(signal.SIGINT)
+        return function(*args)
+
+    monkeypatch.setattr(Classifier, "training_step", interrupted)
+    run = tmp_path / "run"
+    assert main([*TRAIN.split(), *SEVEN.split(), "--data", str(photos), "--output", str(run)]) == 130
+    assert main(["train", "classify", "--resume", str(run)]) == 0
+    assert validated == [3, 6, 7]
+    same_end(run, seven)
 
 
 def test_early_stopping_counts_evaluations(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
