@@ -582,12 +582,12 @@ def ablate(args: argparse.Namespace) -> None:
 
     own = ["--seeds", str(args.seeds)]
     for option, value in (("--rows", args.rows), ("--output", args.output)):
-        own += [option, value] if value else []
+        own += [option, value] if value is not None else []
     ablation = plan_ablation(
         args.table,
         args.rest,
         seeds=args.seeds,
-        rows=args.rows.split(",") if args.rows else None,
+        rows=None if args.rows is None else [name.strip() for name in args.rows.split(",")],
         output=args.output,
         command=shlex.join([_command(), "ablate", args.table, *own, *args.rest]),
     )

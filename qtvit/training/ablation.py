@@ -5,11 +5,13 @@ results. Whoever starts the same command again goes on with what is missing; pro
 the work, as each claims a run by a lock.
 """
 
+import gc
 import json
 import re
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,21 +21,25 @@ import yaml
 from filelock import FileLock, Timeout
 
 from qtvit import console
-from qtvit.checkpoints import own_args
+from qtvit.checkpoints import WEIGHT_SOURCES
 from qtvit.data import DIGITS
-from qtvit.device import processes
+from qtvit.device import processes, resolve_device
 from qtvit.files import open_folder, write_text
-from qtvit.models import build_model
 
 from .ablation_report import write_results
 from .ablation_tables import Table, get_table
-from .classify import SUMMARY, absolute, run_training
+from .classify import SUMMARY, _build, _read_data, absolute, run_training
 from .config import DEFAULT_MODEL, RESUMABLE, TrainConfig, parse_config
+from .run import check_device
 from .table3 import table3_kernels
 
 FAILED = "failed.json"
 """In a run folder, in the place of a summary: why there is none."""
 SETTINGS = "settings.json"
+CONFIG = "config.yaml"
+RESULTS_LOCK = ".results.lock"
+REASON_LENGTH = 300
+"""Characters of the reason of a failure that is not ours to word; its traceback has the rest."""
 SET_BY_ABLATION = {
     "seed": "--seeds N trains with each of the seeds from 0 to N - 1",
     "resume": "the same command goes on",
@@ -74,6 +80,14 @@ class Ablation:
         model_args = {**self.config.model_args, **self.table.rows[row].model_args}
         return replace(self.config, seed=seed, output=str(self.run(row, seed)), model_args=model_args)
 
+    def begun(self) -> list[tuple[str, int]]:
+        """Row and seed of all runs of the table that are in the folder, whichever command asked for them."""
+        found = []
+        for row in self.table.rows:
+            numbers = (re.fullmatch(rf"{row}-seed(\d+)", path.name) for path in self.folder.glob(f"{row}-seed*"))
+            found += [(row, seed) for seed in sorted(int(number[1]) for number in numbers if number)]
+        return [run for run in found if _is_used(self.run(*run))]
+
 
 def plan_ablation(
     name: str,
@@ -101,6 +115,11 @@ def plan_ablation(
     if processes()[1] > 1:
         raise ValueError("an ablation trains in one process; start the command several times, and they share the runs")
     config = parse_config(list(argv))
+    if config.early_stopping is not None:
+        raise ValueError(
+            f"--early-stopping {config.early_stopping} is not an option of an ablation, whose rows train for the same "
+            "number of epochs (null takes it out of a recipe)"
+        )
     varied = {arg for row in table.rows.values() for arg in row.model_args}
     if both := varied & config.model_args.keys():
         raise ValueError(f"--model-args.{min(both)} is what the rows of {name} differ in")
@@ -120,59 +139,137 @@ def run_ablation(ablation: Ablation) -> list[str]:
         Lines of the table of results.
 
     Raises:
-        FileNotFoundError, ValueError: as `run_training`; the folder is of another ablation.
+        FileNotFoundError, ValueError: as `run_training`; the folder is of another ablation, or a file in it is damaged;
+            a row cannot be built, or not from the checkpoint.
         KeyboardInterrupt: the user pressed Ctrl-C; the message says how to go on.
     """
     with table3_kernels():
-        _check_rows(ablation)
+        _check_folder(ablation)
+        runs = [(row, seed) for seed in range(ablation.seeds) for row in ablation.rows]
+        if missing := _without_outcome(ablation, runs):
+            _check_runs(ablation, missing)
         open_folder(ablation.folder)
-        _check_settings(ablation)
-        runs = [(seed, row) for seed in range(ablation.seeds) for row in ablation.rows]
         try:
-            for number, (seed, row) in enumerate(runs, start=1):
-                with _claimed(ablation.folder / f".{row}-seed{seed}.lock") as is_ours:
-                    if not is_ours or _is_done(ablation, row, seed):
+            for number, (row, seed) in enumerate(runs, start=1):
+                with _claimed(ablation.folder, row, seed) as claim:
+                    if claim is None or _outcome(ablation.run(row, seed)):
                         continue
+                    _settle(ablation, claim)
                     console.say(f"\n[{number}/{len(runs)}] {row}, seed {seed}")
                     _train(ablation, row, seed)
                 _write(ablation)
         except KeyboardInterrupt as stop:
             raise KeyboardInterrupt(f"stopped; the same command goes on:  {ablation.command}") from stop
         lines = _write(ablation)
-    if missing := [f"{row}-seed{seed}" for seed, row in runs if not _outcome(ablation.run(row, seed))]:
-        console.say(f"{len(missing)} of {len(runs)} runs are in the hands of other processes, such as {missing[0]}")
+    if missing := _without_outcome(ablation, runs):
+        name = ablation.run(*missing[0]).name
+        console.say(f"{len(missing)} of {len(runs)} runs are in the hands of other processes, such as {name}")
     return lines
 
 
-def _check_rows(ablation: Ablation) -> None:
-    """ValueError for a row whose model cannot be built, before hours of training."""
-    config = ablation.config
-    if config.checkpoint is None:
-        for row in ablation.rows:
-            with torch.device("meta"):
-                build_model(config.model or DEFAULT_MODEL, **own_args(ablation.run_config(row, 0).model_args))
+def _check_folder(ablation: Ablation) -> None:
+    """ValueError if the folder has runs of other settings, or other things; or if one of its files is damaged."""
+    begun, path = ablation.begun(), ablation.folder / SETTINGS
+    if path.is_file():
+        _check_settings(ablation, in_use=_has_runs(ablation.folder))
+    elif not begun and _is_used(ablation.folder):
+        raise ValueError(f"{ablation.folder}: not empty, and no folder of an ablation; name another --output")
+    for row, seed in begun:
+        config = ablation.run(row, seed) / CONFIG
+        if config.is_file():
+            ours = _as_read(ablation.run_config(row, seed))
+            settled = {name for name, value in ours.items() if value is not None} - {"output", "img_size", *RESUMABLE}
+            remedy = "restore it, or remove its folder, and the same command trains this run again"
+            _check_same(config, _read(config, yaml.safe_load, remedy), ours, settled | {"seed"}, remedy)
 
 
-def _check_settings(ablation: Ablation) -> None:
-    """ValueError if the folder was made with other settings; else they are written there."""
+def _check_settings(ablation: Ablation, *, in_use: bool) -> None:
+    """ValueError if the folder's settings are damaged, or, where they are ``in_use``, other than ours."""
+    path, ours = ablation.folder / SETTINGS, _settings(ablation)
+    remedy = "remove it, or name another --output, and the same command goes on"
+    theirs = _read(path, json.loads, remedy)
+    if "table" not in theirs:
+        raise _damaged(path, "table is missing", remedy)
+    if in_use:
+        _check_same(path, theirs, ours, ours.keys() - MAY_CHANGE, remedy)
+
+
+def _check_runs(ablation: Ablation, runs: Sequence[tuple[str, int]]) -> None:
+    """FileNotFoundError or ValueError for what would end the first of ``runs``, or a later one after hours.
+
+    Those that have begun need no weights to start from.
+    """
+    config = replace(ablation.run_config(*runs[0]), on_bad_image="stop")  # or all images would be read
+    check_device(config, resolve_device(config.device))
+    data = _read_data(config, {}, world_size=1)
+    for row in dict.fromkeys(row for row, seed in runs if not _is_used(ablation.run(row, seed))):
+        config = ablation.run_config(row, 0)
+        has_weights = config.checkpoint is not None or config.model_args.keys() & set(WEIGHT_SOURCES)
+        try:
+            with console.quiet(), nullcontext() if has_weights else torch.device("meta"):
+                _build(config, data)
+        except (ValueError, RuntimeError) as error:  # the latter by timm's own loading
+            hint = "" if config.checkpoint is None else "; without --checkpoint, rows start from random weights"
+            raise ValueError(f"row {row} of {ablation.name}: {' '.join(str(error).split())}{hint}") from error
+
+
+def _settle(ablation: Ablation, claim: Path) -> None:
+    """For who has a ``claim``: ValueError if the folder's settings are other than ours; if it has none, write them.
+
+    Those of a command that ended before it had trained anything are as none, unless it is still at it.
+    """
     path = ablation.folder / SETTINGS
-    ours = json.loads(json.dumps({"table": ablation.name, **asdict(ablation.config)}))
-    with FileLock(ablation.folder / ".results.lock"):
-        if not path.exists():
-            if any(item for item in ablation.folder.iterdir() if not item.name.startswith(".")):
-                raise ValueError(f"{ablation.folder}: not empty, and no folder of an ablation; name another --output")
-            write_text(path, json.dumps(ours, indent=2) + "\n")
-    theirs = json.loads(path.read_text(encoding="utf-8"))
-    _check_same(ablation.folder, theirs, ours, ours.keys() - MAY_CHANGE)
+    with FileLock(ablation.folder / RESULTS_LOCK):
+        others = [lock for lock in ablation.folder.glob(".*-seed*.lock") if lock != claim and _is_held(lock)]
+        if path.is_file() and (others or _has_runs(ablation.folder)):
+            _check_settings(ablation, in_use=True)
+        else:
+            write_text(path, json.dumps(_settings(ablation), indent=2) + "\n")
 
 
-def _check_same(folder: Path, theirs: dict[str, Any], ours: dict[str, Any], names: set[str]) -> None:
-    theirs, ours = _flat(theirs), _flat(ours)
+def _settings(ablation: Ablation) -> dict[str, Any]:
+    """What is in `SETTINGS`."""
+    return {"table": ablation.name, **_as_read(ablation.config)}
+
+
+def _as_read(config: TrainConfig) -> dict[str, Any]:
+    """``config`` as it is read from a file."""
+    return json.loads(json.dumps(asdict(config)))
+
+
+def _read(path: Path, parse: Callable[[str], Any], remedy: str) -> dict[str, Any]:
+    """The mapping in a file; ValueError with the ``remedy`` if there is none."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        content = parse(text)
+        if not isinstance(content, dict):
+            raise ValueError("no mapping of names to values")
+    except (ValueError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split()) if path.stat().st_size else "it is empty"
+        raise _damaged(path, reason, remedy) from error
+    return content
+
+
+def _damaged(path: Path, reason: str, remedy: str) -> ValueError:
+    return ValueError(f"{path} is damaged ({reason}); {remedy}")
+
+
+def _check_same(path: Path, theirs: dict[str, Any], ours: dict[str, Any], names: set[str], remedy: str) -> None:
+    """ValueError if what the file says of ``names`` is not what we say.
+
+    An option that is missing there may be younger than the file, and has its default, as when a run goes on.
+    """
+    written, ours = _flat(theirs), _flat(ours)
+    theirs = {**_flat(_as_read(TrainConfig(data=""))), **written}
     for name in sorted(theirs.keys() | ours.keys()):
-        if name.partition(".")[0] in names and theirs.get(name) != ours.get(name):
+        top = name.partition(".")[0]
+        if top in names and theirs.get(name) != ours.get(name):
+            if name not in written and top != "model_args":
+                raise _damaged(path, f"{name} is missing", remedy)
             option = "--" + name.replace("_", "-") if name != "table" else name
             raise ValueError(
-                f"{folder} was made with {option} {theirs.get(name)!r}, not {ours.get(name)!r}; name another --output"
+                f"{path.parent} was made with {option} {theirs.get(name)!r}, not {ours.get(name)!r}; "
+                "name another --output"
             )
 
 
@@ -187,65 +284,106 @@ def _flat(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 @contextmanager
-def _claimed(lock: Path) -> Iterator[bool]:
-    """Whether no other process has this run; then it is ours within the context, or until this process ends."""
-    claim = FileLock(lock)
+def _claimed(folder: Path, row: str, seed: int) -> Iterator[Path | None]:
+    """The run's lock file, which is ours within the context or until this process ends; None if another has it."""
+    claim = FileLock(folder / f".{row}-seed{seed}.lock")
     try:
-        claim.acquire(timeout=0)
+        with FileLock(folder / RESULTS_LOCK):  # or `_is_held` of another process, which tries, is in the way
+            claim.acquire(timeout=0)
     except Timeout:
-        yield False
+        yield None
         return
     try:
-        yield True
+        yield Path(claim.lock_file)
     finally:
         claim.release()
 
 
-def _is_done(ablation: Ablation, row: str, seed: int) -> bool:
-    """Whether the run has an outcome; ValueError if what is there is another run."""
-    run = ablation.run(row, seed)
-    config = run / "config.yaml"
-    if config.is_file():
-        ours = json.loads(json.dumps(asdict(ablation.run_config(row, seed))))
-        settled = {name for name, value in ours.items() if value is not None} - {"output", "img_size", *RESUMABLE}
-        _check_same(run, yaml.safe_load(config.read_text(encoding="utf-8")), ours, settled | {"seed"})
-    return _outcome(run) is not None
+def _is_held(lock: Path) -> bool:
+    """Whether someone has the lock."""
+    try:
+        with FileLock(lock, timeout=0):
+            return False
+    except Timeout:
+        return True
+
+
+def _is_used(folder: Path) -> bool:
+    """Whether there is anything in the folder; a run that was killed as it began leaves a hidden lock file alone."""
+    return folder.is_dir() and any(not item.name.startswith(".") for item in folder.iterdir())
+
+
+def _has_runs(folder: Path) -> bool:
+    """Whether runs have begun in the folder, of any table."""
+    return any(_is_used(run) for run in folder.glob("*-seed*"))
+
+
+def _without_outcome(ablation: Ablation, runs: Sequence[tuple[str, int]]) -> list[tuple[str, int]]:
+    return [run for run in runs if _outcome(ablation.run(*run)) is None]
 
 
 def _outcome(run: Path) -> dict[str, Any] | None:
-    """The summary of a finished run, or of one that failed the reason; None if there is none yet."""
-    for name in (SUMMARY, FAILED):
-        if (run / name).is_file():
-            return json.loads((run / name).read_text(encoding="utf-8"))
+    """The summary of a finished run, or of one that failed the reason; None if there is none yet.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    if (path := run / SUMMARY).is_file():
+        remedy = "remove it, and the same command writes it again"
+        summary = _read(path, json.loads, remedy)
+        for name in ("top1", "num_params", "num_macs", "train_images_per_second"):
+            value = summary.get(name, "missing")
+            unmeasured = value is None and name == "train_images_per_second"
+            if not unmeasured and not isinstance(value, (int, float)):
+                raise _damaged(path, f"{name} is {value}", remedy)
+        return summary
+    if (path := run / FAILED).is_file():
+        remedy = "remove it, and the same command tries this run again"
+        failure = _read(path, json.loads, remedy)
+        if "failed" not in failure:
+            raise _damaged(path, "failed is missing", remedy)
+        return {"failed": failure["failed"]}
     return None
 
 
 def _train(ablation: Ablation, row: str, seed: int) -> None:
-    """Train, or go on with, a run; if it cannot be trained, that is its outcome."""
+    """Train, or go on with, a run; if it cannot be trained, that is its outcome.
+
+    Raises:
+        FileNotFoundError, ValueError: what the user has to change.
+        torch.AcceleratorError: the device failed, which a process does not recover from.
+    """
     run, config = ablation.run(row, seed), ablation.run_config(row, seed)
     if config.compile:
         torch.compiler.reset()  # or the graphs of many models count as recompilations of one
-    if run.is_dir() and all(item.name.startswith(".") for item in run.iterdir()):
-        shutil.rmtree(run)  # killed before it had written anything
-    if (run / "config.yaml").is_file():
+    if (run / CONFIG).is_file():
         names = [name for name in RESUMABLE if name != "resume" and getattr(config, name) is not None]
         where = [f"--{name}={getattr(config, name)}" for name in names]
         config = parse_config([f"--resume={run}", *where])
+    elif _is_used(run):
+        raise ValueError(f"{run} has no {CONFIG} to go on with; remove it, and the same command trains this run again")
+    elif run.is_dir():
+        shutil.rmtree(run)
     try:
         run_training(config)
-    except (FloatingPointError, torch.OutOfMemoryError) as error:
+    except (FloatingPointError, RuntimeError, MemoryError) as error:
         reason = " ".join(str(error).split())
-        console.say(f"{row}, seed {seed} failed: {reason}")
-        write_text(open_folder(run) / FAILED, json.dumps({"failed": reason}, indent=2) + "\n")
+        if not isinstance(error, FloatingPointError):  # which is ours, and says all
+            reason = f"{type(error).__name__}: {reason}"[:REASON_LENGTH]
+        content = {"failed": reason, "traceback": "".join(traceback.format_exception(error)).splitlines()}
+        path = open_folder(run) / FAILED
+        write_text(path, json.dumps(content, indent=2) + "\n")
+        console.say(f"{row}, seed {seed} failed: {reason} (traceback: {path})")
+        if isinstance(error, torch.AcceleratorError):
+            raise
+    gc.collect()  # or a model that ran out of memory may leave the next one without
 
 
 def _write(ablation: Ablation) -> list[str]:
-    """Results of all runs of the table that are in the folder, whichever command asked for them."""
+    """Results of all runs of the table that are in the folder."""
     outcomes: dict[str, dict[int, dict[str, Any]]] = {}
-    with FileLock(ablation.folder / ".results.lock"):  # from the first look on, or what another process adds is lost
-        for row in ablation.table.rows:
-            numbers = (re.fullmatch(rf"{row}-seed(\d+)", path.name) for path in ablation.folder.glob(f"{row}-seed*"))
-            for seed in sorted(int(number[1]) for number in numbers if number):
-                if outcome := _outcome(ablation.run(row, seed)):
-                    outcomes.setdefault(row, {})[seed] = outcome
+    with FileLock(ablation.folder / RESULTS_LOCK):  # from the first look on, or what another process adds is lost
+        for row, seed in ablation.begun():
+            if outcome := _outcome(ablation.run(row, seed)):
+                outcomes.setdefault(row, {})[seed] = outcome
         return write_results(ablation.folder, ablation.name, outcomes, asdict(ablation.config), ablation.command)

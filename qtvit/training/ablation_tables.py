@@ -41,9 +41,11 @@ class Table:
         """The rows of these names (None: all), the default in any case, in the table's order.
 
         Raises:
-            ValueError: there is no such row.
+            ValueError: there is no such row, or a name is empty.
         """
         for name in names or ():
+            if not name:
+                raise ValueError(f"the name of a row is empty; known: {', '.join(self.rows)}")
             if name not in self.rows:
                 raise unknown_name("row", name, self.rows)
         return [name for name in self.rows if names is None or name in (*names, self.default)]

@@ -7,18 +7,20 @@ import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+import yaml
 from filelock import FileLock
 from PIL import Image
 
+from qtvit.checkpoints import load_model
 from qtvit.models.build import ModelCost
-from qtvit.ops import KERNELS
-from qtvit.training import ablation, classify
-from qtvit.training.ablation import plan_ablation
-from qtvit.training.ablation_report import paired_difference, summarize, write_results
-from qtvit.training.ablation_tables import TABLES, get_table
+from qtvit.training import ablation, callbacks, classify
+from qtvit.training.ablation import Ablation, plan_ablation, run_ablation
+from qtvit.training.callbacks import History
 from qtvit.training.config import TrainConfig
 from qtvit_cli import main
 
@@ -29,6 +31,7 @@ OPTIONS = (
 SOME = f"{OPTIONS} --rows relu"
 COMMAND = f"ablate table2 {OPTIONS} --seeds 2 --rows relu --output"
 RUNS = ["taylor2-seed0", "relu-seed0", "taylor2-seed1", "relu-seed1"]
+ONE_RUN = f"ablate table2 {OPTIONS} --seeds 1 --rows taylor2 --output"
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -66,6 +69,12 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("finished") / "ablation"
     assert main([*COMMAND.split(), str(folder)]) == 0
     return folder
+
+
+@pytest.fixture
+def plan(copy: Path) -> Ablation:
+    """That of the finished ablation in ``copy``."""
+    return plan_ablation("table2", OPTIONS.split(), seeds=2, rows=["relu"], output=str(copy))
 
 
 @pytest.fixture
@@ -157,30 +166,233 @@ def test_runs_of_other_processes_are_left_to_them(
     assert json.loads((copy / "results.json").read_text())["rows"][1]["scores"].keys() == {"0"}
 
 
-def test_a_row_that_fails_is_recorded_and_the_others_go_on(
-    copy: Path, trained: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.fixture
+def fail(monkeypatch: pytest.MonkeyPatch, trained: list[str]) -> Iterator[Any]:
+    """Makes a run, by its name, raise an error in its first step, or have a loss that is NaN."""
+    loss, failing = classify.classification_loss, {}
+
+    def failing_loss(logits: Any, *args: Any) -> Any:
+        error = failing.get(trained[-1])
+        if isinstance(error, Exception):
+            raise error
+        return loss(logits, *args) * (error or 1)
+
+    monkeypatch.setattr(classify, "classification_loss", failing_loss)
+    yield failing.update
+    failing.clear()
+
+
+def test_runs_that_fail_are_recorded_and_the_others_go_on(
+    copy: Path, trained: list[str], fail: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    for name in RUNS[1:]:
+        shutil.rmtree(copy / name)
+    no_memory = "[enforce fail at alloc_cpu.cpp:127]\nDefaultCPUAllocator: can't allocate memory"
+    fail({RUNS[1]: float("nan"), RUNS[2]: RuntimeError(no_memory + " …" * 300), RUNS[3]: MemoryError()})
+    assert main([*COMMAND.split(), str(copy)]) == 0
+    said = capsys.readouterr().out
+    assert main([*COMMAND.split(), str(copy)]) == 0
+    assert trained == RUNS[1:]  # they would fail again
+    results = json.loads((copy / "results.json").read_text())
+    failed = {(row["name"], seed): reason for row in results["rows"] for seed, reason in row["failed"].items()}
+    assert failed["relu", "0"].startswith("the loss is nan in epoch 1, batch 1; first bad layer")
+    assert failed["taylor2", "1"].startswith(f"RuntimeError: {' '.join(no_memory.split())}")
+    assert len(failed["taylor2", "1"]) == 300
+    assert failed["relu", "1"] == "MemoryError: "
+    for (row, seed), reason in failed.items():
+        assert f"{row}, seed {seed} failed: {reason}" in said
+        assert f"- {row}, seed {seed} failed: {reason}" in (copy / "results.md").read_text()
+        assert results["runs"][row][seed].keys() == {"failed"}
+        details = json.loads((copy / f"{row}-seed{seed}" / "failed.json").read_text())["traceback"]
+        assert details[0] == "Traceback (most recent call last):"
+        assert any("in run_training" in line for line in details)
+
+    fail({RUNS[3]: None})
+    (copy / RUNS[3] / "failed.json").unlink()
+    assert main([*COMMAND.split(), str(copy)]) == 0
+    assert trained[3:] == [RUNS[3]]
+    assert json.loads((copy / "results.json").read_text())["rows"][1]["scores"].keys() == {"1"}
+
+
+@pytest.mark.parametrize(("error", "recorded"), [(torch.AcceleratorError("CUDA error"), True), (TypeError(), False)])
+def test_what_ends_the_ablation(error: Exception, recorded: bool, copy: Path, trained: list[str], fail: Any) -> None:
+    """A device that failed, and our own mistakes."""
     shutil.rmtree(copy / RUNS[1])
     shutil.rmtree(copy / RUNS[2])
-    loss = classify.classification_loss
+    fail({RUNS[1]: error})
+    with pytest.raises(type(error)):
+        main([*COMMAND.split(), str(copy)])
+    assert trained == [RUNS[1]]
+    assert (copy / RUNS[1] / "failed.json").is_file() == recorded
+    assert main([*COMMAND.split(), str(copy)]) == 0 if recorded else True
+    assert trained[1:] == ([RUNS[2]] if recorded else [])
 
-    def nan_for_relu(logits: Any, *args: Any) -> Any:
-        return loss(logits, *args) * (float("nan") if trained[-1] == RUNS[1] else 1)
 
-    monkeypatch.setattr(classify, "classification_loss", nan_for_relu)
-    assert main([*COMMAND.split(), str(copy)]) == 0
-    assert "relu, seed 0 failed: the loss is nan in epoch 1, batch 1" in capsys.readouterr().out
-    assert main([*COMMAND.split(), str(copy)]) == 0
-    assert trained == [RUNS[1], RUNS[2]]  # it would fail again
-    relu = json.loads((copy / "results.json").read_text())["rows"][1]
-    assert relu["scores"].keys() == {"1"}
-    assert relu["failed"]["0"].startswith("the loss is nan")
-    assert "- relu, seed 0 failed: the loss is nan" in (copy / "results.md").read_text()
+def test_a_command_that_found_no_data_does_not_hold_the_folder(
+    tmp_path: Path, trained: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = [*ONE_RUN.split(), str(tmp_path / "ablation")]
+    assert main([*argv, "--data", "digit", "--lr", "0.1"]) == 2
+    captured = capsys.readouterr()
+    assert (captured.out, trained) == ("", [])
+    assert "digit: no such folder" in captured.err
+    assert not (tmp_path / "ablation").exists()
+    assert main(argv) == 0
+    assert trained == [RUNS[0]]
+
+
+def test_a_command_that_ended_before_it_had_trained_does_not_hold_the_folder(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(photos, tmp_path / "photos")
+    for path in tmp_path.glob("photos/*/*.png"):
+        path.write_bytes(b"")
+    folder = tmp_path / "ablation"
+    argv = [*ONE_RUN.split(), str(folder)]
+    assert main([*argv, "--data", str(tmp_path / "photos"), "--num-workers", "0"]) == 2
+    assert "photos" in json.loads((folder / "settings.json").read_text())["data"]
+    assert not (folder / RUNS[0]).exists()
+    with FileLock(folder / f".{RUNS[1]}.lock"):  # another process is about to train
+        assert main(argv) == 2
+    assert "was made with --data" in capsys.readouterr().err
+    assert main(argv) == 0
+    assert json.loads((folder / "settings.json").read_text())["data"] == "digits"
+    assert main([*argv, "--lr", "0.5"]) == 2
+    assert "was made with --lr 0.001, not 0.5" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (
+            "table2 --rows relu --checkpoint nano-cifar10",
+            "row relu of table2: .* with kernel taylor2, not relu.*; without --checkpoint",
+        ),
+        ("ape --checkpoint nano-cifar10", "row without of ape: .* do not fit qtvit_nano: .*; without --checkpoint"),
+        ("shortcut --checkpoint nano-cifar10", "row without of shortcut: .* do not fit qtvit_nano"),
+        ("ape --model-args.checkpoint_path weights.pth", "row without of ape: .*pos_embed"),
+        ("table7 --checkpoint nowhere", "nowhere: no such run folder or model file"),
+    ],
+)
+def test_rows_that_cannot_start_from_the_weights(
+    argv: str, message: str, trained: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    weights, _ = load_model("nano-cifar10")
+    torch.save(weights.state_dict(), "weights.pth")
+    assert main(f"ablate {argv} {OPTIONS} --output ablation".split()) == 2
+    captured = capsys.readouterr()
+    assert re.fullmatch(f"qtvit: error: {message}.*\n", captured.err)
+    assert (captured.out, trained, Path("ablation").exists()) == ("", [], False)
+
+
+def test_rows_that_can_start_from_the_weights(tmp_path: Path, trained: list[str], fail: Any) -> None:
+    fail({name: float("nan") for name in ("without-seed0", "with-seed0")})
+    argv = f"ablate table7 --checkpoint nano-cifar10 {OPTIONS} --seeds 1 --output {tmp_path}/ablation"
+    assert main(argv.split()) == 0
+    assert trained == ["without-seed0", "with-seed0"]
+
+
+DAMAGES = {"empty": b"", "cut short": None, "a list": b"[1, 2]", "no text": b"\xff\xfe\x00", "not valid": b'{"a": ['}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize(
+    ("name", "remedy"),
+    [
+        ("settings.json", "remove it, or name another --output"),
+        ("relu-seed0/summary.json", "remove it, and the same command writes it again"),
+        ("relu-seed0/failed.json", "remove it, and the same command tries this run again"),
+        ("relu-seed0/config.yaml", "restore it, or remove its folder"),
+    ],
+)
+def test_a_damaged_file(name: str, remedy: str, damage: str, copy: Path, plan: Ablation) -> None:
+    path = copy / name
+    if path.name == "failed.json":
+        (path.parent / "summary.json").rename(path)
+    content = DAMAGES[damage]
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 5] if content is None else content)
+    with pytest.raises(ValueError, match=rf"{path} is damaged \(.+\); {remedy}"):
+        run_ablation(plan)
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "value"),
+    [
+        ("settings.json", "table", None),
+        ("settings.json", "epochs", None),
+        ("relu-seed0/summary.json", "top1", None),
+        ("relu-seed0/summary.json", "num_macs", "many"),
+        ("relu-seed0/failed.json", "failed", None),
+        ("relu-seed0/config.yaml", "epochs", None),
+    ],
+)
+def test_a_file_that_lacks_a_key(name: str, key: str, value: Any, copy: Path, plan: Ablation) -> None:
+    path = copy / name
+    if path.name == "failed.json":
+        (path.parent / "summary.json").rename(path)
+    content = yaml.safe_load(path.read_text())
+    content.pop(key, None)
+    path.write_text(json.dumps(content if value is None else {**content, key: value}))
+    with pytest.raises(ValueError, match=rf"{path} is damaged \({key} is {value or 'missing'}\)"):
+        run_ablation(plan)
+
+
+def test_options_that_are_younger_than_the_files_have_their_defaults(copy: Path, plan: Ablation) -> None:
+    for path in (copy / "settings.json", *copy.glob("*/config.yaml")):
+        content = yaml.safe_load(path.read_text())
+        del content["freeze_bn"], content["ema"]
+        path.write_text(json.dumps(content))
+    assert len(run_ablation(plan)) == 3
+
+
+def test_what_messages_say_of_damaged_files_works(copy: Path, plan: Ablation, trained: list[str]) -> None:
+    """All results are still there, or made again."""
+    before = json.loads((copy / "results.json").read_text())["rows"]
+    (copy / "settings.json").unlink()
+    (copy / "relu-seed0" / "summary.json").unlink()
+    shutil.rmtree(copy / "relu-seed1")
+    for path in copy.glob("results.*"):
+        path.write_bytes(b"{")
+    run_ablation(plan)
+    assert trained == ["relu-seed0", "relu-seed1"]
+    assert json.loads((copy / "settings.json").read_text())["table"] == "table2"
+    after = json.loads((copy / "results.json").read_text())["rows"]
+    assert [row["scores"] for row in after] == [row["scores"] for row in before]
+    (copy / "relu-seed0" / "config.yaml").unlink()
+    (copy / "relu-seed0" / "summary.json").unlink()
+    with pytest.raises(ValueError, match=r"relu-seed0 has no config\.yaml to go on with; remove it"):
+        run_ablation(plan)
+
+
+def test_the_results_of_a_finished_ablation_need_no_data(
+    copy: Path, plan: Ablation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ablation, "_read_data", None)
+    (copy / "results.json").unlink()
+    run_ablation(plan)
+    assert (copy / "results.json").is_file()
+
+
+def test_the_speed_is_that_of_the_median_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Batches of 9 seconds, 2, 1, 3 and 1, of which two make a step."""
+    times = iter([0, 100, 109, 200, 202, 300, 301, 400, 403, 500, 501, 600, 603, 700, 701, 800, 801])
+    monkeypatch.setattr(callbacks.time, "perf_counter", lambda: float(next(times)))
+    trainer: Any = SimpleNamespace(global_step=5)
+    history = History(tmp_path / "metrics.csv")
+    assert history.seconds_per_batch == 0
+    history.on_train_start(trainer, None)  # type: ignore[arg-type]
+    for batch in range(6):
+        history.on_train_batch_start(trainer, None, None, batch)  # type: ignore[arg-type]
+        trainer.global_step += batch % 2
+        history.on_train_batch_end(trainer, None, None, None, batch)  # type: ignore[arg-type]
+    assert list(history.step_seconds) == [5.5, 2, 2]
+    assert history.seconds_per_batch == 2
 
 
 def test_mistakes(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "notes.txt").touch()
+    Path("stops.yaml").write_text("early_stopping: 3\n")
     at = f"--output {finished}"
     for argv, message in [
         (f"ablate tabel2 {OPTIONS}", "unknown table 'tabel2'; did you mean table2"),
@@ -188,6 +400,10 @@ def test_mistakes(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
         (f"ablate table2 {OPTIONS} --epoch 3", "unknown option '--epoch'; did you mean --epochs"),
         (f"ablate table2 {OPTIONS} --seed 3", "--seed is not an option of an ablation: --seeds N trains"),
         (f"ablate table2 {OPTIONS} --resume={finished}", "--resume is not an option of an ablation"),
+        (f"ablate table2 {OPTIONS} --early-stopping 2", "--early-stopping 2 is not an option of an ablation"),
+        (f"ablate table2 {OPTIONS} --recipe stops.yaml", "--early-stopping 3 is not an option of an ablation"),
+        (f"ablate table2 {OPTIONS} --rows relu,", "the name of a row is empty; known: taylor2, taylor2_paper, "),
+        (f"ablate table2 {OPTIONS} --rows=", "the name of a row is empty; known: taylor2, taylor2_paper, "),
         (
             f"ablate table2 {OPTIONS} --model-args.kernel relu",
             "--model-args.kernel is what the rows of table2 differ in",
@@ -197,7 +413,7 @@ def test_mistakes(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
         (f"ablate table2 {SOME} {at} --model-args.drop_rate 0.1", "--model-args.drop-rate None, not 0.1"),
         (f"ablate ape {OPTIONS} {at}", "was made with table 'table2', not 'ape'"),
         (f"ablate table2 {SOME} --output {tmp_path}/full", "not empty, and no folder of an ablation"),
-        (f"ablate table2 {SOME} --model resnet18", "model resnet18 cannot be built with {'kernel': 'taylor2'}"),
+        (f"ablate table2 {SOME} --model resnet18", "row taylor2 of table2: model resnet18 cannot be built"),
         (f"ablate table2 {SOME} --train-images 5000", "--train-images must be from 10"),
     ]:
         assert main(argv.split()) == 2
@@ -226,53 +442,3 @@ def test_scores_are_those_of_the_end_unless_asked_otherwise() -> None:
         assert plan.config.eval_every == every
     assert plan.folder == Path("runs/ablate-table2-qtvit_1-digits")
     assert plan.run_config("relu", 2).seed == 2
-
-
-def test_the_tables_are_those_of_the_paper() -> None:
-    assert list(TABLES) == ["table2", "table3", "table7", "ape", "shortcut"]
-    assert list(TABLES["table2"].rows) == list(KERNELS)
-    paper = {name: row.paper for name, row in TABLES["table3"].rows.items()}
-    assert paper["random"] == 61.8
-    assert paper["full"] == 79.7
-    assert all(table.default in table.rows for table in TABLES.values())
-    assert TABLES["table7"].rows["with"].model_args == {"softmax_residual": 0.02}
-    assert get_table("table3").select(["pool2"]) == ["self", "pool2"]
-
-
-def test_the_difference_by_hand() -> None:
-    difference = paired_difference({0: 71.0, 1: 74.0, 2: 72.0, 3: 60.0}, {0: 70.0, 1: 72.0, 2: 69.0})
-    assert difference is not None
-    assert (difference.mean, difference.seeds) == (2.0, [0, 1, 2])
-    # Standard deviation 1 of three differences; the 97.5 % quantile of t with 2 degrees of freedom is 4.302653.
-    assert difference.low == pytest.approx(2 - 4.302653 / 3**0.5)
-    assert difference.high == pytest.approx(2 + 4.302653 / 3**0.5)
-    one = paired_difference({0: 71.0}, {0: 70.0, 1: 72.0})
-    assert one is not None
-    assert (one.mean, one.low, one.high) == (1.0, None, None)
-    assert paired_difference({0: 71.0}, {1: 70.0}) is None
-
-
-def outcome(top1: float, speed: float = 100) -> dict[str, Any]:
-    return {"top1": top1, "num_params": 9, "num_macs": 8, "train_images_per_second": speed}
-
-
-def test_a_line_of_the_table_by_hand() -> None:
-    outcomes = {
-        "relu": {0: outcome(51, 10), 1: outcome(57, 30), 2: {"failed": "nan"}},
-        "taylor2": {0: outcome(50), 2: outcome(90)},
-    }
-    taylor2, relu = summarize(TABLES["table2"], outcomes)
-    assert (relu.mean, relu.sd) == (54.0, pytest.approx(18**0.5))
-    assert (relu.images_per_second, relu.num_params, relu.num_macs) == (20, 9, 8)
-    assert relu.difference == paired_difference({0: 51.0}, {0: 50.0})
-    assert relu.failed == {2: "nan"}
-    assert (taylor2.is_default, taylor2.difference, taylor2.paper_difference) == (True, None, None)
-
-
-@pytest.mark.parametrize("outcomes", [{"taylor2": {0: {"failed": "nan"}}, "relu": {0: outcome(5)}}, {}])
-def test_results_without_a_default_score(outcomes: Any, tmp_path: Path) -> None:
-    settings = {"eval_every": 1, "epochs": 3, "model": None, "data": "digits"}
-    lines = write_results(tmp_path, "table2", outcomes, settings, "qtvit ablate")
-    assert lines[0].startswith("row")
-    assert "chosen on the held-out images" in (tmp_path / "results.md").read_text()
-    assert (tmp_path / "results.png").stat().st_size > 1000
