@@ -260,14 +260,10 @@ class TrainConfig:
             "backbone, or stages=N",
         )
         if self.checkpoint is None:
-            _require(
-                not self.swap_kernel, "swap_kernel", self.swap_kernel, "false without a --checkpoint to start from"
-            )
-            for name in ("logits", "features"):
-                weight, taught = getattr(self.distill, name), self.distill.teacher is not None
-                _require(
-                    taught or not weight, f"distill.{name}", weight, "0 without a --checkpoint or --distill.teacher"
-                )
+            if self.swap_kernel:
+                raise ValueError("--swap-kernel true takes over the weights of a --checkpoint, and none is given")
+            if self.distill.teacher is None and (self.distill.logits or self.distill.features):
+                raise ValueError("--distill.logits and --distill.features need a --distill.teacher or a --checkpoint")
         for name in ("num_classes", "in_chans"):
             _require(name not in self.model_args, f"model_args.{name}", self.model_args.get(name), "left to the data")
         self.image_shape()

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from qtvit import console
 from qtvit.checkpoints import ModelInfo, load_model
+from qtvit.checkpoints.model_file import ATTENTION_ARGS
 from qtvit.errors import some
 from qtvit.models import QTViT, check_img_size
 
@@ -130,6 +132,9 @@ def load_distillation(
         if before is None:
             raise
         raise FileNotFoundError(f"{config.resume} cannot go on without its teacher: {error}") from error
+    parts = [[model_info.model_args.get(name) for name in ATTENTION_ARGS] for model_info in (theirs, info)]
+    if config.swap_kernel and wanted.teacher is None and parts[0] == parts[1]:
+        console.say(f"{path} has this attention already: nothing is swapped, and the teacher is the same network")
     if wanted.logits and theirs.classes != info.classes:
         raise ValueError(
             f"--distill.logits {wanted.logits:g}: the teacher {path} tells {len(theirs.classes)} other classes apart "

@@ -339,6 +339,17 @@ def test_the_recorded_teacher_is_found_from_anywhere(source: Path, swapped: Path
     assert config.distill.teacher is None
 
 
+def test_a_checkpoint_that_is_swapped_already_is_told(
+    photos: Path, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "converted.safetensors"
+    model, info = load_model(source, swap_kernel=True)
+    save_model(path, model.state_dict(), info)
+    argv = SWAP.format(data=photos, source=path, output=tmp_path / "run").split()
+    assert main([*argv, "--epochs", "1"]) == 0
+    assert f"{path} has this attention already: nothing is swapped, and the teacher" in capsys.readouterr().out
+
+
 def test_a_teacher_of_another_kind_teaches_logits(photos: Path, tmp_path: Path, capsys: Any) -> None:
     teacher = build_model("resnet10t", num_classes=3)
     path = save(tmp_path / "resnet.safetensors", teacher, "resnet10t", {"num_classes": 3}, [*COLORS])
@@ -369,9 +380,9 @@ def test_a_teacher_of_other_classes_teaches_features(photos: Path, source: Path,
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ("--swap-kernel true", "--swap-kernel must be false without a --checkpoint to start from, got True"),
-        ("--distill.logits 1", "--distill.logits must be 0 without a --checkpoint or --distill.teacher, got 1.0"),
-        ("--distill.features 1", "--distill.features must be 0 without a --checkpoint or --distill.teacher, got 1.0"),
+        ("--swap-kernel true", "--swap-kernel true takes over the weights of a --checkpoint, and none is given"),
+        ("--distill.logits 1", "--distill.logits and --distill.features need a --distill.teacher or a --checkpoint"),
+        ("--distill.features 1", "--distill.features need a --distill.teacher or a --checkpoint"),
         ("--distill.logits -1", "--distill.logits must be 0 or more, got -1.0"),
         ("--distill.temperature 0", "--distill.temperature must be more than 0, got 0.0"),
         ("--distill.teacher x", "--distill.teacher must be null without distill.logits and distill.features, got 'x'"),
