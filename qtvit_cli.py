@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 USER_ERRORS = (ValueError, OSError, FloatingPointError)
 SHEET_SUFFIXES = (".png", ".jpg", ".jpeg")
+RUN = "run folder, model file, hf-hub:USER/MODEL, or nano-cifar10, which comes with qtvit"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -117,7 +118,7 @@ def _parser() -> argparse.ArgumentParser:
     classify.set_defaults(command=train_classify)
 
     evaluation = commands.add_parser("eval", help="score a trained model on labelled images")
-    evaluation.add_argument("run", help="run folder, model file, or nano-cifar10, which comes with qtvit")
+    evaluation.add_argument("run", help=RUN)
     evaluation.add_argument(
         "--data", required=True, help="folder of CLASS/*.jpg, folder with val/CLASS/*.jpg, or digits"
     )
@@ -136,7 +137,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluation.set_defaults(command=evaluate)
 
     prediction = commands.add_parser("predict", help="label images with a trained model")
-    prediction.add_argument("run", help="run folder, model file, or nano-cifar10, which comes with qtvit")
+    prediction.add_argument("run", help=RUN)
     prediction.add_argument("images", nargs="+", help="image files, or folders of them")
     prediction.add_argument("--top-k", type=_positive, default=5, help="classes to show per image (default: 5)")
     prediction.add_argument("--batch-size", type=_positive, default=32)
@@ -155,7 +156,7 @@ def _parser() -> argparse.ArgumentParser:
     prediction.set_defaults(command=predict)
 
     explanation = commands.add_parser("explain", help="draw what the attention of a model looks at in an image")
-    explanation.add_argument("run", help="run folder, model file, or nano-cifar10, which comes with qtvit")
+    explanation.add_argument("run", help=RUN)
     explanation.add_argument("image", help="image file")
     explanation.add_argument(
         "--at",
@@ -182,6 +183,23 @@ def _parser() -> argparse.ArgumentParser:
         "NAME-focus.png",
     )
     explanation.set_defaults(command=explain)
+
+    publication = commands.add_parser(
+        "push",
+        help="put a trained model on the Hugging Face Hub, with a model card",
+        description="Uploads the model, the description that timm.create_model needs, and a model card. A README.md in "
+        "the folder of RUN is the card; without one it is written from what the run says, but does not replace one on "
+        "the Hub. `hf auth login`, or HF_TOKEN, says who you are.",
+    )
+    publication.add_argument("run", help=RUN)
+    publication.add_argument("name", metavar="USER/MODEL", help="what to call it on the Hub; made if it is not there")
+    publication.add_argument("--private", action="store_true", help="nobody else is to see it")
+    publication.add_argument("--folder", metavar="DIR", help="write the files to a new folder, and upload nothing")
+    publication.add_argument("--license", metavar="ID", help="of the weights, as the Hub calls it: apache-2.0, mit, …")
+    publication.add_argument(
+        "--dataset", metavar="ID", help="what it was trained on, if that is on the Hub: uoft-cs/cifar10, …"
+    )
+    publication.set_defaults(command=push)
 
     bench = commands.add_parser("bench", help="measure models side by side")
     kinds = bench.add_subparsers(metavar="WHAT", required=True)
@@ -504,6 +522,22 @@ def explain(args: argparse.Namespace) -> None:
         shape = " x ".join(map(str, attention.weights.shape))
         print(f"written: {path} (float32, points x heads x height x width: {shape})")
     print(f"written: {pictures[1]}")
+
+
+def push(args: argparse.Namespace) -> None:
+    """``qtvit push``."""
+    from qtvit.checkpoints import push_model
+
+    place = push_model(
+        args.run, args.name, folder=args.folder, private=args.private, license=args.license, dataset=args.dataset
+    )
+    if args.folder:
+        print(f"written: {place} (model.safetensors, config.json, README.md)")
+        print(f'it loads like a run folder, and as timm.create_model("local-dir:{place}", pretrained=True)')
+        print(f"to upload it: {_command()} push {shlex.quote(place)} {args.name}")
+    else:
+        print(f"pushed: {place}")
+        print(f"to use it: {_command()} predict hf-hub:{args.name} image.jpg")
 
 
 def bench_train(args: argparse.Namespace) -> None:

@@ -11,6 +11,7 @@ from .model_file import (
     read_model_file,
     save_model,
 )
+from .publish import push_model
 from .weights import Weights, identify_model, read_weights
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "identify_model",
     "load_model",
     "own_args",
+    "push_model",
     "read_model_file",
     "read_weights",
     "save_model",
