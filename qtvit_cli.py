@@ -163,7 +163,7 @@ def _parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="X,Y",
-        help="point that attends, in pixels from the upper left corner; may be repeated (default: the centre)",
+        help="point that attends, in pixels from the upper left one, 0,0; may be repeated (default: the centre)",
     )
     explanation.add_argument("--grid", metavar="RxC", help="points all over the image, in R rows and C columns")
     explanation.add_argument(
@@ -477,7 +477,7 @@ def explain(args: argparse.Namespace) -> None:
     from qtvit import console
     from qtvit.data import open_image
     from qtvit.data.transforms import parse_size
-    from qtvit.explain.draw import draw_attention, draw_focus
+    from qtvit.explain.draw import check_maps, draw_attention, draw_focus
     from qtvit.explain.points import check_points, grid_points, parse_grid, parse_point
     from qtvit.explain.view import look
 
@@ -497,6 +497,7 @@ def explain(args: argparse.Namespace) -> None:
     if Path(args.image).resolve() in [path.resolve() for path in [*pictures, *raw]]:
         raise ValueError(f"--output {name} would overwrite {args.image}; name another one")
     if args.grid or not points:
+        check_maps(len(points) + grid[0] * grid[1], [1], "mean")  # before that many points are made
         points += grid_points(*grid, image.size)
     check_points(points, image.size)
     _make_parent(pictures[0])
@@ -504,6 +505,7 @@ def explain(args: argparse.Namespace) -> None:
     views: dict[str, View] = {}
     for run in (args.run, *args.compare):
         views[_unused(_run_name(run), views)] = look(run, image, img_size, args.device)
+    check_maps(len(points), [view.num_heads(layer) for view in views.values()], head)
     rows = {run: view.attention(points, layer) for run, view in views.items()}
     draw_attention(rows, pictures[0], head, grid[1] if len(points) == grid[0] * grid[1] else None)
     focus = {run: view.focus() for run, view in views.items()}

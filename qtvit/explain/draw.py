@@ -4,6 +4,7 @@ import itertools
 import math
 import warnings
 from collections.abc import Mapping, Sequence
+from numbers import Integral
 from pathlib import Path
 
 import matplotlib
@@ -27,24 +28,27 @@ NAME_CHARS = 32
 """Characters of the name of a run that are drawn in a legend."""
 CHARS_PER_INCH = 13
 """Of a line of text."""
-MARGIN, TITLE, BAR, HEADER = 0.12, 0.26, 0.6, 0.72
+MARGIN, TITLE, BAR, HEADER = 0.12, 0.26, 0.6, 0.62
 """Inches around the picture, above a map, right of it, and above all maps of a run."""
+CELL = 2.3
+"""Inches from one map to the next, at least, so that its title fits."""
+ALPHA, GREY = 0.6, 0.8
+"""Opacity of the colours, and brightness of the image below them."""
 
 
-def pick_heads(weights: Tensor, head: int | str) -> Tensor:
-    """Of (points, heads, H, W), the "mean" over the heads or the one of that number, (points, 1, H, W); or "all".
+def check_maps(num_points: int, num_heads: Sequence[int], head: int | str) -> None:
+    """Whether `draw_attention` can draw ``head`` for that many points of runs of ``num_heads`` heads each.
 
     Raises:
-        ValueError: ``head`` is neither "mean" nor "all" nor the number of a head.
+        ValueError: ``head`` is not "mean", "all" or the number of a head, or there are more than `MAX_MAPS` maps.
     """
-    num_heads = weights.shape[1]
-    if head == "mean":
-        return weights.mean(1, keepdim=True)
-    if head == "all":
-        return weights
-    if not isinstance(head, int) or not 0 <= head < num_heads:
-        raise ValueError(f"head must be mean, all or a number from 0 to {num_heads - 1}, got {head}")
-    return weights[:, head : head + 1]
+    for count in num_heads:
+        is_number = isinstance(head, Integral) and not isinstance(head, bool)
+        if head not in ("mean", "all") and not (is_number and head in range(count)):
+            raise ValueError(f"head must be mean, all or a number from 0 to {count - 1}, got {head}")
+    num_maps = num_points * (sum(num_heads) if head == "all" else len(num_heads))
+    if num_maps > MAX_MAPS:
+        raise ValueError(f"{num_maps} maps are too many for one picture; the limit is {MAX_MAPS}")
 
 
 def draw_attention(
@@ -59,27 +63,27 @@ def draw_attention(
     Args:
         runs: by name, rows for the same points of the same image.
         out: file to write.
-        head: see `pick_heads`.
+        head: "mean" over the heads, the number of one, or "all" side by side.
         columns: of maps, for a single run.
 
     Raises:
         ValueError: no such head, or more than `MAX_MAPS` maps.
         OSError: the file cannot be written.
     """
-    maps = {name: pick_heads(run.weights, head) for name, run in runs.items()}
-    first, num_points = next(iter(runs.values())), len(next(iter(maps.values())))
+    first, *_ = runs.values()
+    check_maps(len(first.weights), [run.weights.shape[1] for run in runs.values()], head)
+    maps = {name: _pick_heads(run.weights, head) for name, run in runs.items()}
+    num_points = len(first.weights)
     num_heads = max(weights.shape[1] for weights in maps.values())
     num_maps = num_points * sum(weights.shape[1] for weights in maps.values())
-    if num_maps > MAX_MAPS:
-        raise ValueError(f"{num_maps} maps are too many for one picture; the limit is {MAX_MAPS}")
     columns = min(columns or (1 if num_heads > 1 else _columns(num_points)), num_points) if len(runs) == 1 else 1
     across = _columns(num_heads)  # heads of a point, from left to right
-    side, stretch = 2.4 if num_maps <= 12 else 1.6, (first.image.width / first.image.height) ** 0.5
-    width, height = side * stretch, side / stretch  # of a map
-    cell_width, cell_height = across * (width + BAR), -(-num_heads // across) * (height + TITLE)
-    source_width, source_height = max(2.4 * stretch, 2.4), max(2.4 * stretch, 2.4) / stretch**2
+    width, height = _fit(first.image.size, 2.4 if num_maps <= 12 else 1.6)
+    pitch = max(width + BAR, CELL)
+    cell_width, cell_height = across * pitch, -(-num_heads // across) * (height + TITLE)
+    source_width, source_height = _fit(first.image.size, 2.4)
     run_width = max(columns * cell_width, 3)
-    top, left = MARGIN + HEADER, 3 * MARGIN + source_width
+    top, left = MARGIN + HEADER, 3 * MARGIN + max(source_width, 2.4)
     canvas = _Canvas(
         left + len(runs) * run_width, top + max(-(-num_points // columns) * cell_height, source_height + TITLE) + MARGIN
     )
@@ -91,7 +95,7 @@ def draw_attention(
             for point, index in itertools.product(range(num_points), range(maps[name].shape[1])):
                 (row, column), (down, right) = divmod(point, columns), divmod(index, across)
                 corner = (
-                    x + column * cell_width + right * (width + BAR),
+                    x + column * cell_width + right * pitch,
                     top + TITLE + row * cell_height + down * (height + TITLE),
                 )
                 title = f"{point + 1}: " * (num_points > 1) + f"head {index}, " * (num_heads > 1)
@@ -109,8 +113,8 @@ def draw_focus(runs: Mapping[str, Sequence[Focus]], out: Path) -> None:
     panels = figure.subplots(1, 2)
     longest = max(runs.values(), key=len)
     texts = {
-        "entropy": ("Entropy of the weights", "entropy / log N"),
-        "support": ("Effective support", "exp(entropy) / N"),
+        "entropy": ("Entropy of the weights, 1 if all are alike", "entropy / log N"),
+        "support": ("Effective support, 1 if all weights are alike", "exp(entropy) / N"),
     }
     with matplotlib.rc_context({"text.parse_math": False}):
         for axes, (attribute, (title, label)) in zip(panels, texts.items(), strict=True):
@@ -120,9 +124,10 @@ def draw_focus(runs: Mapping[str, Sequence[Focus]], out: Path) -> None:
             axes.set(title=title, ylabel=label, ylim=(0, 1.03))
             same = all([row.layer for row in rows] == [row.layer for row in longest] for rows in runs.values())
             names = [row.layer if same else str(index) for index, row in enumerate(longest)]
-            axes.set_xticks(range(len(longest)), names, rotation=30 if same else 0, ha="right" if same else "center")
+            axes.set_xticks(range(len(longest)), names, rotation=45 if same else 0, ha="right" if same else "center")
+            axes.tick_params(axis="x", labelsize=8)
             axes.grid(alpha=0.3)
-        figure.supxlabel("attention layer (1: attention to all tokens alike; lower: more focused)", fontsize=10)
+        figure.supxlabel("attention layer (lower: more focused)", fontsize=10)
         panels[0].legend()
         _save(figure, out)
 
@@ -146,6 +151,20 @@ class _Canvas:
         self.figure.text(x / self.width, 1 - y / self.height, text, va="top", fontsize=9, linespacing=1.4)
 
 
+def _pick_heads(weights: Tensor, head: int | str) -> Tensor:
+    """Of (points, heads, H, W): their mean (points, 1, H, W), all, or the one of that number, (points, 1, H, W)."""
+    if head == "mean":
+        return weights.mean(1, keepdim=True)
+    return weights if head == "all" else weights[:, [head]]
+
+
+def _fit(size: tuple[int, int], side: float) -> tuple[float, float]:
+    """Width and height in the proportions of ``size``, with the area of a square of ``side`` or, if very long, less."""
+    ratio = size[0] / size[1]
+    width = side * min(ratio**0.5, 2, ratio * 2)
+    return width, width / ratio
+
+
 def _columns(count: int) -> int:
     """How many of ``count`` maps to draw from left to right."""
     return min(count, 4 if count <= 12 else 8)
@@ -155,22 +174,33 @@ def _describe_run(name: str, run: Attention, head: int | str) -> list[str]:
     num_heads, height, width = run.weights.shape[1:]
     heads = {"mean": f"mean of {num_heads} heads", "all": f"{num_heads} heads"}.get(str(head), f"head {head}")
     sees = f"; sees {run.prediction.label} ({run.prediction.probability:.0%})" if run.prediction else ""
-    return [f"{name}: kernel {run.kernel}", f"{run.layer}, {width} × {height} tokens", f"{heads}{sees}"]
+    tokens = f"{width} × {height} tokens of {run.stride} px"
+    return [f"{name}: kernel {run.kernel}", f"{run.layer}, {tokens}", f"{heads}{sees}"]
 
 
 def _draw_image(canvas: _Canvas, run: Attention, box: tuple[float, float, float, float]) -> None:
     """The image as the network saw it, with numbers at the points."""
     about = ["query: the circle", "colours: weight × number of", "tokens, 1 if all are alike"]
-    canvas.text(box[0], MARGIN, about, box[2])
+    canvas.text(box[0], MARGIN, about, max(box[2], 2.4))
     axes = canvas.axes(box)
     axes.imshow(run.image)
-    axes.set_title(f"{run.image.width} × {run.image.height} px, as it was shown", fontsize=9, pad=3)
+    axes.set_title(f"{run.image.width} × {run.image.height} px, as it was shown", fontsize=9, pad=3, loc="left")
     axes.axis("off")
     label = {"boxstyle": "round,pad=0.12", "facecolor": "black", "edgecolor": "none", "alpha": 0.6}
     for number, mark in enumerate(run.marks, start=1):
         _draw_mark(axes, mark)
         if len(run.marks) > 1:
-            axes.annotate(str(number), mark, (6, 3), textcoords="offset points", color="white", fontsize=9, bbox=label)
+            is_upper = mark[1] < run.image.height / 2
+            axes.annotate(
+                str(number),
+                mark,
+                (7, -4 if is_upper else 4),  # away from the upper and lower edge
+                textcoords="offset points",
+                va="top" if is_upper else "bottom",
+                color="white",
+                fontsize=9,
+                bbox=label,
+            )
 
 
 def _draw_map(
@@ -188,18 +218,22 @@ def _draw_map(
     largest = float(np.abs(multiples).max()) or 1
     is_signed = bool(multiples.min() < 0)
     norm = Normalize(-largest if is_signed else 0, largest)
-    grey = np.asarray(run.image.convert("L")) * 0.6
+    grey = np.asarray(run.image.convert("L")) * GREY
     axes.imshow(grey, cmap="gray", vmin=0, vmax=255, interpolation="bilinear")
-    extent = (-0.5, run.stride * weights.shape[1] - 0.5, run.stride * weights.shape[0] - 0.5, -0.5)
+    # Token i is centred on pixel stride * i. The image may end later than the last tokens do, which are repeated there.
+    heat = np.pad(multiples, (0, 1), mode="edge")
+    left, right, bottom = (run.stride * (count - 0.5) for count in (0, *heat.shape[::-1]))
     colors = "RdBu_r" if is_signed else "inferno"
-    axes.imshow(multiples, colors, norm, alpha=0.65, extent=extent, interpolation="bicubic")
+    axes.imshow(heat, colors, norm, alpha=ALPHA, extent=(left, right, bottom, left), interpolation="bilinear")
     axes.set(xlim=(-0.5, run.image.width - 0.5), ylim=(run.image.height - 0.5, -0.5))
     axes.axis("off")
     support = float(sharpness(weights.flatten())[1])
     about = "no weights" if math.isnan(support) else f"support {support:.0%}{' of |w|' * is_signed}"
-    axes.set_title(f"{title}{about}", fontsize=9, pad=3)
+    axes.set_title(f"{title}{about}", fontsize=9, pad=3, loc="left")
     _draw_mark(axes, mark)
-    bar = canvas.figure.colorbar(ScalarMappable(norm, colors), cax=canvas.axes((x + width + 0.06, y, 0.08, height)))
+    bar_axes = canvas.axes((x + width + 0.06, y, 0.08, height))
+    bar = canvas.figure.colorbar(ScalarMappable(norm, colors), cax=bar_axes, alpha=ALPHA)
+    bar_axes.set_facecolor(str(grey.mean() / 255))  # its colours are those over a part of the image of mean brightness
     bar.ax.tick_params(labelsize=7, length=2, pad=2)
     bar.outline.set_visible(False)
 
@@ -208,8 +242,7 @@ def _draw_mark(axes: Axes, mark: Point) -> None:
     """A circle that can be seen on any ground."""
     for color, line in (("black", 3.2), ("white", 1.5)):
         axes.plot(
-            mark[0] - 0.5,
-            mark[1] - 0.5,
+            *mark,
             "o",
             markersize=8,
             markerfacecolor="none",

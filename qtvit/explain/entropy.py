@@ -59,7 +59,9 @@ def layer_focus(layer: MultiScaleAttention, x: Tensor) -> tuple[float, float]:
     _, num_heads, num_tokens, _ = q.shape
     entropies, supports = [], []
     for queries in q.split(max(MAX_WEIGHTS // (num_heads * num_tokens), 1), dim=2):
-        entropy, support = sharpness(attention_weights(queries, k, layer.kernel, dict(layer.scalars.items()), layer.attn_eps))
+        entropy, support = sharpness(
+            attention_weights(queries, k, layer.kernel, dict(layer.scalars.items()), layer.attn_eps)
+        )
         entropies.append(entropy.flatten())
         supports.append(support.flatten())
     return float(torch.cat(entropies).nanmean()), float(torch.cat(supports).nanmean())

@@ -1,10 +1,11 @@
-"""Points of an image: (x, y) in pixels, x to the right and y down, from its upper left corner."""
+"""Points of an image: (x, y) in pixels, x to the right and y down; (0, 0) is the centre of the upper left pixel."""
 
 import math
 import re
-from collections.abc import Sequence
-from numbers import Real
 from typing import Any
+
+import numpy as np
+from torch import Tensor
 
 Point = tuple[float, float]
 
@@ -31,23 +32,28 @@ def parse_grid(text: str) -> tuple[int, int]:
 
 def grid_points(rows: int, columns: int, size: tuple[int, int]) -> list[Point]:
     """The centres of equal fields, row by row, on an image of ``size`` (width, height); of one field, its centre."""
-    width, height = size
-    return [
-        ((column + 0.5) * width / columns, (row + 0.5) * height / rows)
-        for row in range(rows)
-        for column in range(columns)
-    ]
+    ys, xs = (_centres(count, side) for count, side in ((rows, size[1]), (columns, size[0])))
+    return [(x, y) for y in ys for x in xs]
 
 
-def check_points(at: Point | Sequence[Point], size: tuple[int, int]) -> list[Point]:
+def _centres(count: int, side: int) -> list[float]:
+    """Of ``count`` equal parts of ``side`` pixels, but no nearer to its ends than the first and last pixel."""
+    return [min(max((i + 0.5) * side / count - 0.5, 0), side - 1) for i in range(count)]
+
+
+def check_points(at: Any, size: tuple[int, int]) -> list[Point]:
     """The point or points ``at``, all inside an image of ``size`` (width, height); ValueError if they are not."""
-    listed: list[Any] = [at] if len(at) and isinstance(at[0], Real) else list(at)
-    if not listed or not all(len(point) == 2 and all(isinstance(z, Real) for z in point) for point in listed):
-        raise ValueError(f"at is a point (x, y) or a list of points, got {at!r}")
+    try:
+        points = np.asarray(at.tolist() if isinstance(at, Tensor) else at)
+    except (TypeError, ValueError, RuntimeError):  # a ragged list, or one of tensors on a GPU
+        points = np.empty(0)
+    if points.dtype.kind not in "iuf" or points.shape[-1:] != (2,) or points.ndim > 2 or not len(points):
+        raise ValueError(f"at is a point (x, y), two numbers, or a list of points, got {at!r:.80}")
+    listed: list[Point] = [(x, y) for x, y in points.astype(float).reshape(-1, 2).tolist()]
     for point in listed:
-        if not all(0 <= z < side for z, side in zip(point, size, strict=True)):
+        if not all(0 <= z <= side - 1 for z, side in zip(point, size, strict=True)):
             raise ValueError(
                 f"point {point[0]:g},{point[1]:g} is outside the image, which is {size[0]} x {size[1]} pixels "
                 f"(x from 0 to {size[0] - 1}, y from 0 to {size[1] - 1})"
             )
-    return [(float(x), float(y)) for x, y in listed]
+    return listed

@@ -1,5 +1,6 @@
 """``qtvit explain`` and its pictures."""
 
+import math
 import os
 from collections.abc import Callable
 from dataclasses import replace
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 from torch import nn
@@ -76,7 +78,7 @@ def test_runs_side_by_side(runs: Path, capsys: pytest.CaptureFixture[str]) -> No
     files = [*(f"x-attention{n}.npy" for n in numbers), "x-attention.png", "x-focus.png"]
     assert sorted(os.listdir("new")) == sorted(files)
     relu, cosine, again = (np.load(f"new/x-attention{n}.npy") for n in numbers)
-    at = [(99, 39), (50, 10), (50, 30)]
+    at = [(99, 39), (49.5, 9.5), (49.5, 29.5)]
     expected = attention(runs / "relu", "photo.jpg", at, 0, 20).weights
     assert expected.shape == (3, 6, 10, 25)
     np.testing.assert_allclose(relu, expected.numpy(), rtol=1e-5)
@@ -88,7 +90,7 @@ def test_runs_side_by_side(runs: Path, capsys: pytest.CaptureFixture[str]) -> No
 
 def test_the_centre_is_the_default_point(runs: Path) -> None:
     assert main(["explain", str(runs / "relu"), "photo.jpg", "--output", "x.png"]) == 0
-    centre = attention(runs / "relu", "photo.jpg", (50, 20))
+    centre = attention(runs / "relu", "photo.jpg", (49.5, 19.5))
     assert centre.tokens == ((2, 5),)
     np.testing.assert_array_equal(np.load("x-attention.npy"), centre.weights.numpy())
 
@@ -107,15 +109,12 @@ def maps_of(figure: Figure) -> list[Axes]:
 
 
 def titles(figure: Figure) -> list[str]:
-    return [axes.get_title() for axes in maps_of(figure)]
+    return [axes.get_title(loc="left") for axes in maps_of(figure)]
 
 
 def test_all_heads_and_one(network: Callable[..., QTViT], picture: Image.Image, figures: list[Figure]) -> None:
     rows = look(network(), picture).attention([(5, 5), (90, 30)], 0)
     weights = rows.weights
-    assert torch.equal(draw.pick_heads(weights, "mean"), weights.mean(1, keepdim=True))
-    assert torch.equal(draw.pick_heads(weights, 3), weights[:, 3:4])
-    assert torch.equal(draw.pick_heads(weights, "all"), weights)
     for head in ("mean", 3, "all"):
         draw.draw_attention({"x": rows}, Path("x.png"), head)
     mean, one, every = figures
@@ -129,20 +128,64 @@ def test_all_heads_and_one(network: Callable[..., QTViT], picture: Image.Image, 
     assert boxes[0] == boxes[1]
     assert len({tuple(box) for box in boxes[2]}) == 8
     assert all(0 <= x < x + w <= 1 and 0 <= y < y + h <= 1 for page in boxes for x, y, w, h in page)
-    np.testing.assert_allclose(maps_of(one)[1].images[1].get_array(), weights[1, 3] * 160)
+    for figure, drawn in zip(figures, (weights.mean(1), weights[:, 3], weights.flatten(0, 1)), strict=True):
+        for axes, row in zip(maps_of(figure), drawn, strict=True):
+            np.testing.assert_allclose(axes.images[1].get_array()[:-1, :-1], row * 160, rtol=1e-6)
 
 
 def test_maps_lie_over_the_pixels_of_their_tokens(network: Callable[..., QTViT], figures: list[Figure]) -> None:
-    view = look(network(), Image.new("RGB", (101, 41)))  # is shown at 39 x 16: the last column of tokens sticks out
+    view = look(network(), Image.new("RGB", (101, 41)))  # is shown at 39 x 16, 10 x 4 tokens of 4 pixels
     rows = view.attention((50, 20))
     draw.draw_attention({"x": rows}, Path("x.png"))
     (axes,) = maps_of(figures[0])
     grey, heat = axes.images
     assert grey.get_array().shape == (16, 39)
-    assert list(heat.get_extent()) == [-0.5, 39.5, 15.5, -0.5]
+    assert list(heat.get_extent()) == [-2, 42, 18, -2]  # 11 x 5: the last are doubled
+    assert heat.get_array().shape == (5, 11)
     assert (axes.get_xlim(), axes.get_ylim()) == ((-0.5, 38.5), (15.5, -0.5))
     mark = axes.lines[-1].get_xydata()[0]
-    assert mark == pytest.approx((50 * 39 / 101 - 0.5, 20 * 16 / 41 - 0.5))
+    assert mark == pytest.approx((50.5 * 39 / 101 - 0.5, 20.5 * 16 / 41 - 0.5))
+
+
+def render(figure: Figure) -> tuple[Axes, np.ndarray]:
+    """The only map of ``figure`` without its mark, and the pixels in it, (H, W, 3)."""
+    (axes,) = maps_of(figure)
+    for line in list(axes.lines):
+        line.remove()
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    box = axes.get_window_extent()
+    pixels = np.asarray(canvas.buffer_rgba())[::-1]  # upwards, as the box is given
+    inside = pixels[math.ceil(box.y0) : math.floor(box.y1), math.ceil(box.x0) : math.floor(box.x1), :3]
+    return axes, inside[::-1].astype(int)
+
+
+@pytest.mark.parametrize("size", [(100, 40), (40, 100), (101, 41), (30, 30)])
+def test_maps_reach_all_edges_of_the_image(
+    size: tuple[int, int], network: Callable[..., QTViT], figures: list[Figure]
+) -> None:
+    rows = look(network(), Image.new("RGB", size)).attention((9, 9))
+    draw.draw_attention({"x": replace(rows, weights=torch.ones_like(rows.weights))}, Path("x.png"))
+    _, pixels = render(figures[0])
+    assert pixels.std((0, 1)).max() == 0
+    assert pixels.max() > 100
+
+
+@pytest.mark.parametrize("token", [(1, 3), (2, 9), (0, 0), (3, 5)])
+def test_a_token_is_brightest_at_its_centre(
+    token: tuple[int, int], network: Callable[..., QTViT], figures: list[Figure]
+) -> None:
+    rows = look(network(), Image.new("RGB", (40, 16))).attention((9, 9))
+    weights = torch.zeros_like(rows.weights)
+    weights[..., token[0], token[1]] = 1
+    draw.draw_attention({"x": replace(rows, weights=weights)}, Path("x.png"))
+    _, pixels = render(figures[0])
+    height, width = pixels.shape[:2]
+    bright = np.argwhere(pixels.sum(-1) >= pixels.sum(-1).max() * 0.98)
+    y, x = bright.mean(0) + 0.5
+    if token[0] < 3 and token[1] < 9:  # the last reach to the edges of the image
+        assert (x / width * 40 - 0.5, y / height * 16 - 0.5) == pytest.approx((4 * token[1], 4 * token[0]), abs=0.3)
+    assert pixels.sum(-1).max() > 360  # of 402 at the end of the scale: it is not smoothed away
 
 
 def test_colors_tell_the_sign(network: Callable[..., QTViT], picture: Image.Image, figures: list[Figure]) -> None:
@@ -194,9 +237,12 @@ ERRORS = [
     (["--grid", "3"], "a grid is ROWSxCOLUMNS such as 3x4, got '3'"),
     (["--grid", "0x3"], "a grid is ROWSxCOLUMNS"),
     (["--grid", "20x20"], "400 maps are too many for one picture; the limit is 300"),
+    (["--grid", "99999999x99999999"], "9999999800000001 maps are too many"),
+    (["--grid", "13x2", "--head", "all"], "312 maps are too many for one picture; the limit is 300"),
     (["--layer", "4"], "there is no attention layer 4; they are 0 to 3: stages.1.1.attn, stages.1.2.attn, stages.2."),
     (["--layer", "-5"], "there is no attention layer -5"),
     (["--layer", "stages.0"], "'stages.0' has no attention; the layers that have: stages.1.1.attn, stages.1.2"),
+    (["--layer", ""], "unknown attention layer ''; known: stages.1.1.attn"),
     (["--layer", "stages.1.3.attn"], "unknown attention layer 'stages.1.3.attn'; did you mean stages."),
     (["--head", "12"], "head must be mean, all or a number from 0 to 11, got 12"),
     (["--head", "-1"], "head must be mean, all or a number from 0 to 11, got -1"),
@@ -211,13 +257,24 @@ ERRORS = [
 @pytest.mark.parametrize(
     ("options", "message"), ERRORS, ids=lambda value: " ".join(value) if type(value) is list else ""
 )
-def test_mistakes_get_one_line(
-    options: list[str], message: str, runs: Path, capsys: pytest.CaptureFixture[str]
+def test_mistakes_get_one_line_before_any_work(
+    options: list[str], message: str, runs: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(QTViT, "forward", lambda *_: pytest.fail("the image was shown"))
     assert main(["explain", str(runs / "relu"), "photo.jpg", *options]) == 2
     error = capsys.readouterr().err
     assert error.startswith(f"qtvit: error: {message}")
     assert error.count("\n") == 1
+    assert os.listdir() == ["photo.jpg"]
+
+
+def test_heads_and_maps_that_cannot_be_drawn(network: Callable[..., QTViT], picture: Image.Image) -> None:
+    rows = look(network(), picture).attention([(x, 5) for x in range(51)])
+    for head in (6, -1, True, 1.0, None, "3"):
+        with pytest.raises(ValueError, match=f"head must be mean, all or a number from 0 to 5, got {head}$"):
+            draw.draw_attention({"x": rows}, Path("x.png"), head)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="306 maps are too many for one picture; the limit is 300"):
+        draw.draw_attention({"x": rows}, Path("x.png"), "all")
     assert os.listdir() == ["photo.jpg"]
 
 

@@ -1,8 +1,9 @@
 """Rows of attention weights: exact, where they are said to be, and of the image that is shown."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -13,10 +14,11 @@ import qtvit
 from qtvit.checkpoints import ModelInfo
 from qtvit.deploy import Predictor
 from qtvit.explain import attention, focus, look
-from qtvit.models import QTViT, build_model
+from qtvit.layers import LinearAttention
+from qtvit.models import Architecture, QTViT, build_model
 from qtvit.ops import KERNELS, reference_attention
 
-POINTS = [(0, 0), (50, 20), (99.5, 39.5), (30, 35)]
+POINTS = [(0, 0), (50, 20), (98.5, 39), (30, 35)]
 
 
 def capture(network: QTViT, pixels: Tensor, name: str) -> dict[str, Tensor]:
@@ -83,17 +85,54 @@ def test_rows_times_values_are_the_output_of_the_layer(
 def test_points_find_their_tokens(network: Callable[..., QTViT], picture: Image.Image) -> None:
     view = look(network(), picture)
     assert view.image.size == (40, 16)  # 0.4 of the image
-    at = [(0, 0), (9.9, 9.9), (10, 10), (50, 20), (99.9, 39.9), (95, 5)]
-    coarse = view.attention(at, -1)  # 10 pixels of the image are 4 of what is shown, the stride
+    # Pixel x of the image is at 0.4 (x + 0.5) - 0.5 of what is shown: 5.75 at 2, half-way between the first two tokens.
+    at = [(0, 0), (5.7, 5.7), (5.8, 5.8), (50, 20), (99, 39), (95, 5)]
+    coarse = view.attention(at, -1)
     assert coarse.stride == 4
     assert coarse.tokens == ((0, 0), (0, 0), (1, 1), (2, 5), (3, 9), (0, 9))
-    assert coarse.marks[3] == pytest.approx((20, 8))
+    assert coarse.marks[3] == pytest.approx((19.7, 7.7))
     assert coarse.points[3] == (50, 20)
     fine = view.attention(at, 0)
     assert fine.stride == 2
-    assert fine.tokens == ((0, 0), (1, 1), (2, 2), (4, 10), (7, 19), (1, 19))
+    assert fine.tokens == ((0, 0), (1, 1), (1, 1), (4, 10), (7, 19), (1, 19))
     one = view.attention((50, 20))
     torch.testing.assert_close(one.weights, coarse.weights[3:4])
+
+
+@pytest.mark.parametrize(("family", "layer", "stride"), [("nano", "stages.1.1.attn", 2), ("b", "stages.3.1.attn", 16)])
+def test_tokens_are_centred_where_they_are_said_to_be(
+    family: str,
+    layer: str,
+    stride: int,
+    tiny_architectures: Mapping[str, Architecture],
+    randomize: Callable[[nn.Module, int], nn.Module],
+) -> None:
+    """By the pixels that have an influence on a token of the first attention layer, before which all is local."""
+    model = randomize(QTViT(tiny_architectures[family], num_classes=3, img_size=192), 0).eval()
+    model.get_submodule(layer).register_forward_pre_hook(lambda _, args: caught.append(args[0]))
+    row, column = 80 // stride, 112 // stride
+    caught: list[Tensor] = []
+    pixels = torch.rand(1, 3, 192, 192, requires_grad=True)
+    model(pixels)
+    (gradient,) = torch.autograd.grad(caught[0][0, :, row, column].square().sum(), pixels)
+    _, ys, xs = gradient[0].nonzero(as_tuple=True)
+    centre = (int(xs.min() + xs.max()) / 2, int(ys.min() + ys.max()) / 2)
+    assert centre == (112, 80)
+    view = look(model, Image.new("RGB", (192, 192)))
+    result = view.attention([centre, (112 + 0.4 * stride, 80 - 0.4 * stride), (112 - 0.6 * stride, 80)], layer)
+    assert result.stride == stride
+    assert result.tokens == ((row, column), (row, column), (row, column - 1))
+
+
+def test_an_image_is_shown_once_and_only_when_needed(network: Callable[..., QTViT], picture: Image.Image) -> None:
+    model, shows = network(), []
+    model.register_forward_pre_hook(lambda *_: shows.append(1))
+    view = look(model, picture)
+    assert [view.num_heads(), view.num_heads(0)] == [6, 4]
+    assert not shows
+    assert [view.attention((5, 5), layer).weights.shape[1] for layer in (-1, 0)] == [6, 4]
+    view.focus()
+    assert len(shows) == 1
 
 
 def test_the_whole_image_is_shown(network: Callable[..., QTViT]) -> None:
@@ -104,11 +143,11 @@ def test_the_whole_image_is_shown(network: Callable[..., QTViT]) -> None:
         ((8, 8), None, (16, 16)),
         ((100, 40), 24, (60, 24)),
         ((100, 40), (20, 30), (30, 20)),
-        ((3, 1000), (20, 30), (30, 20)),
+        ((30, 1000), (20, 30), (30, 20)),
     ]:
         view = look(model, Image.new("RGB", size), img_size)
         assert (view.image.size, view.original_size) == (expected, size)
-        corner = view.attention((size[0] - 1e-6, size[1] - 1e-6))
+        corner = view.attention((size[0] - 1, size[1] - 1))
         height, width = corner.weights.shape[-2:]
         assert (height, width) == (-(-expected[1] // 4), -(-expected[0] // 4))
         assert corner.tokens == ((height - 1, width - 1),)
@@ -168,10 +207,15 @@ def test_by_name_and_from_the_package(picture: Image.Image) -> None:
         ([(5, 5), (5, 40)], "point 5,40 is outside"),
         ((-0.5, 5), "point -0.5,5 is outside"),
         ((float("nan"), 5), "point nan,5 is outside"),
-        ([], r"at is a point \(x, y\) or a list of points, got \[\]"),
-        ((1, 2, 3), "at is a point"),
-        ([(1, 2), (3,)], "at is a point"),
-        (["ab"], "at is a point"),
+        ((99.5, 5), "point 99.5,5 is outside"),
+        ([], r"at is a point \(x, y\), two numbers, or a list of points, got \[\]$"),
+        *(
+            (at, "at is a point")
+            for at in (
+                *((1, 2, 3), [(1, 2), (3,)], ["ab"], "ab", ("1", "2"), 5, None, True, (True, True), [(1, 2), 3]),
+                *({1: 2}, [[(1, 2)]], (None, 1), np.float64(3), torch.zeros(3), torch.zeros(2, device="meta")),
+            )
+        ),
     ],
 )
 def test_points_that_are_none(at: Any, message: str, network: Callable[..., QTViT], picture: Image.Image) -> None:
@@ -186,23 +230,38 @@ def test_points_that_are_none(at: Any, message: str, network: Callable[..., QTVi
         (-3, "there is no attention layer -3"),
         ("stages.1.1", r"'stages\.1\.1' has no attention; the layers that have: stages\.1\.1\.attn, stages\.2\.1"),
         ("stages.1.1.atn", r"unknown attention layer 'stages\.1\.1\.atn'; did you mean stages\.1\.1\.attn"),
+        ("", "unknown attention layer ''; known: stages"),
+        *((layer, r"layer is a number, or a name such as stages\.2\.1\.attn, got") for layer in (None, 1.0, True, [0])),
     ],
 )
-def test_layers_that_are_none(
-    layer: int | str, message: str, network: Callable[..., QTViT], picture: Image.Image
-) -> None:
+def test_layers_that_are_none(layer: Any, message: str, network: Callable[..., QTViT], picture: Image.Image) -> None:
     with pytest.raises(ValueError, match=message):
         attention(network(), picture, (5, 5), layer)
+
+
+def test_points_and_layers_as_arrays_give_them(network: Callable[..., QTViT], picture: Image.Image) -> None:
+    view = look(network(), picture)
+    listed = [(5.0, 6.0), (90.0, 30.0)]
+    want = view.attention(listed, 1)
+    assert want.points == tuple(listed)
+    for at in (np.array(listed), torch.tensor(listed, requires_grad=True), [np.array(p) for p in listed]):
+        result = view.attention(at, np.int64(1))  # type: ignore[arg-type]
+        assert (result.points, result.layer) == (want.points, want.layer)
+    assert view.attention(torch.tensor([5, 6])).points == ((5, 6),)  # type: ignore[arg-type]
 
 
 def models_without_maps(network: Callable[..., QTViT]) -> dict[str, Any]:
     with torch.device("meta"):
         resnet, vit = timm.create_model("resnet18"), timm.create_model("vit_tiny_patch16_224")
         pruned = build_model("qtvit_4", num_classes=0)
+        linear = timm.create_model("vit_tiny_patch16_224", attn_layer=LinearAttention)
+        features = timm.create_model("qtvit_nano", features_only=True)
     pruned.prune_intermediate_layers([0])
     return {
         "ResNet has no attention layers of qtvit": resnet,
         "VisionTransformer has no attention layers of qtvit": vit,
+        r"VisionTransformer has attention of qtvit, but maps are made only of qtvit's own networks \(QTViT\)": linear,
+        "FeatureListNet has attention of qtvit, but maps are made only of": features,
         "Identity has no attention layers": nn.Identity(),
         "QTViT has no attention layers": pruned,
         "for images of 1 channels, and images are read as RGB": network(in_chans=1),
@@ -223,3 +282,9 @@ def test_models_without_maps(network: Callable[..., QTViT], picture: Image.Image
 def test_images_that_are_too_small(network: Callable[..., QTViT], picture: Image.Image) -> None:
     with pytest.raises(ValueError, match="img_size 3x8 is below the network's minimum of 4 px"):
         look(network(), picture, 3)
+
+
+@pytest.mark.parametrize("img_size", ["64", 64.0, True, (64,), (64, 64, 3), (64.0, 64), [None, 64]])
+def test_sizes_that_are_none(img_size: Any, network: Callable[..., QTViT], picture: Image.Image) -> None:
+    with pytest.raises(ValueError, match=r"img_size is a side, or \(height, width\), in whole pixels, got"):
+        attention(network(), picture, (5, 5), img_size=img_size)
