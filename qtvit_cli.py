@@ -9,6 +9,7 @@ import csv
 import io
 import json
 import os
+import re
 import shlex
 import shutil
 import sys
@@ -93,10 +94,22 @@ def _pictures(text: str) -> Path:
 
 
 class _OptionParser(argparse.ArgumentParser):
-    """Takes nothing misspelt for the abbreviation of an option; nor do the parsers of its commands, which are such."""
+    """Takes nothing misspelt for the abbreviation of an option; nor do the parsers of its commands, which are such.
+
+    And takes ``--at -5,80`` for an option with its value, as argparse does ``--at -5``.
+    """
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options, allow_abbrev=False)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        joined: list[str] = []
+        for arg in sys.argv[1:] if args is None else args:
+            if joined and joined[-1].startswith("--") and re.fullmatch(r"-[\d.]+,.*", arg):
+                joined[-1] += f"={arg}"
+            else:
+                joined.append(arg)
+        return super().parse_known_args(joined, namespace)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -230,6 +230,10 @@ def test_focus_of_different_networks(
 ERRORS = [
     (["--at", "100,3"], "point 100,3 is outside the image, which is 100 x 40 pixels (x from 0 to 99, y from 0 to 39)"),
     (["--at", "1,2", "--at=-1,2"], "point -1,2 is outside"),
+    (["--at", "-5,80"], "point -5,80 is outside the image, which is 100 x 40 pixels"),
+    (["--at", "3,-.5", "--at", "-.5,3"], "point 3,-0.5 is outside"),
+    (["--at", "-5,"], "a point is X,Y in pixels such as 120,80, got '-5,'"),
+    (["--at", "-5"], "a point is X,Y in pixels such as 120,80, got '-5'"),
     (["--at", "3"], "a point is X,Y in pixels such as 120,80, got '3'"),
     (["--at", "1,2,3"], "a point is X,Y"),
     (["--at", "nan,3"], "a point is X,Y"),
