@@ -95,7 +95,7 @@ def convert(
         FileNotFoundError: there is no such file.
         ValueError: it holds no weights, or not exactly those of one model.
     """
-    if model not in (None, *ARCHITECTURES):
+    if model is not None and model not in ARCHITECTURES:
         raise unknown_name("model", model, ARCHITECTURES)
     path = find_model_file(src)
     weights = read_weights(path, ema)

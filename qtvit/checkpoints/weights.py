@@ -28,8 +28,8 @@ TORCH_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".tar")
 """Files that torch.save wrote; all others are taken for safetensors."""
 DEFAULT_KERNEL = next(iter(KERNELS))
 """Of a model that is built without the argument."""
-_STATE_DICTS = ("state_dict", "model")
-_AVERAGED = ("ema", "state_dict_ema", "model_ema")
+AVERAGES = ("ema", "state_dict_ema", "model_ema")
+"""Where training checkpoints of the release, of MIT and of timm keep the moving average of the weights."""
 
 
 @dataclass
@@ -50,13 +50,12 @@ class Weights:
 def read_weights(path: Path, ema: bool = False) -> Weights:
     """The state dict in a .safetensors file or in one that ``torch.save`` wrote, whose code, if any, is never run.
 
-    A dict that has it under ``state_dict`` (the release, MIT) or ``model`` (timm) is unwrapped, and prefixes that
-    DataParallel and torch.compile put before the names are taken off.
+    A dict that has it under ``state_dict`` (the release, MIT), ``model`` (timm) or another name is unwrapped, and the
+    prefixes that DataParallel, torch.compile and Lightning put before the names are taken off.
 
     Args:
         path: of the file.
-        ema: take the moving average instead, in the dict's ``ema`` ({decay: weights}), ``state_dict_ema`` or
-            ``model_ema``.
+        ema: take the moving average instead, which lies under one of `AVERAGES`.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -73,41 +72,56 @@ def read_weights(path: Path, ema: bool = False) -> Weights:
         tensors, remarks = _unpack(content, ema)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    stripped = {re.sub(r"^((module|_orig_mod)\.)+", "", name): tensor for name, tensor in tensors.items()}
+    stripped = {re.sub(r"^((module|_orig_mod|model)\.)+", "", name): tensor for name, tensor in tensors.items()}
     if stripped.keys() != tensors.keys():
-        remarks.append("prefixes of DataParallel or torch.compile (module., _orig_mod.) taken off the names")
+        remarks.append("prefixes of wrappers (module., _orig_mod., model.) taken off the names")
     return Weights(stripped, remarks, metadata)
 
 
 def _unpack(content: Any, ema: bool) -> tuple[dict[str, Tensor], list[str]]:
     """The state dict in what a file holds, plain or within a training checkpoint; and remarks."""
-    if isinstance(content, Mapping) and "pytorch-lightning_version" in content:
-        raise ValueError("the state of a training run; give its run folder, or best.safetensors in there")
-    remarks = []
-    if isinstance(content, Mapping):
-        plain = next((name for name in _STATE_DICTS if isinstance(content.get(name), Mapping)), None)
-        averaged = next((name for name in _AVERAGED if isinstance(content.get(name), Mapping)), None)
-        if ema and averaged is None:
-            raise ValueError(f"holds no moving average of the weights (none of {', '.join(_AVERAGED)})")
-        name = averaged if ema else plain
-        left_out = [str(key) for key in content if key != name]
-        if name is not None:
-            content = content[name]
-            remarks = [f"weights under {name!r} taken; left out: {', '.join(left_out)}"] if left_out else []
-            if not ema and averaged:
-                remarks[0] += f" ({averaged!r} is a moving average: --ema takes that)"
-        if ema and not any(isinstance(value, Tensor) for value in content.values()):
-            by_decay = {str(decay): value for decay, value in content.items() if isinstance(value, Mapping)}
-            if len(by_decay) != 1:
-                raise ValueError(f"holds moving averages of {len(by_decay)} decays ({', '.join(by_decay)}), not of one")
-            decay, content = next(iter(by_decay.items()))
-            remarks.append(f"moving average of decay {decay}")
     if not isinstance(content, Mapping) or not content:
         raise ValueError(f"holds no state dict, but {_kind(content)}")
-    for name, value in content.items():
-        if not isinstance(name, str) or not isinstance(value, Tensor):
-            raise ValueError(f"holds no state dict: {name!r} is {_kind(value)}, not a tensor")
-    return dict(content), remarks
+    if "pytorch-lightning_version" in content:
+        raise ValueError("the state of a training run; give its run folder, or best.safetensors in there")
+    if ema:
+        return _averaged(content)
+    if _is_state_dict(content):
+        return dict(content), []
+    inner = [name for name, value in content.items() if name not in AVERAGES and _is_state_dict(value)]
+    if not inner:
+        found = some([f"{name!r} ({_kind(value)})" for name, value in content.items() if not isinstance(value, Tensor)])
+        raise ValueError(f"holds no state dict, which has tensors by name alone: there is {found}")
+    if len(inner) > 1 and "state_dict" not in inner:
+        raise ValueError(f"holds several state dicts: {some(inner)}; save the one that is meant to a file of its own")
+    name = "state_dict" if "state_dict" in inner else inner[0]
+    left_out = [str(key) for key in content if key != name]
+    averages = [key for key in AVERAGES if key in content]
+    hint = f" ({averages[0]!r} is a moving average: --ema takes that)" if averages else ""
+    remark = f"weights under {name!r} taken; left out: {', '.join(left_out)}{hint}"
+    return dict(content[name]), [remark] if left_out else []
+
+
+def _averaged(content: Mapping[Any, Any]) -> tuple[dict[str, Tensor], list[str]]:
+    """The moving average in a training checkpoint: under one of `AVERAGES`, as it is or by its decay; and a remark."""
+    name = next((name for name in AVERAGES if isinstance(content.get(name), Mapping)), None)
+    if name is None:
+        raise ValueError(f"holds no moving average of the weights (none of {', '.join(AVERAGES)})")
+    if _is_state_dict(content[name]):
+        return dict(content[name]), [f"moving average under {name!r} taken"]
+    by_decay = {decay: weights for decay, weights in content[name].items() if _is_state_dict(weights)}
+    if len(by_decay) != 1:
+        raise ValueError(f"holds moving averages of {len(by_decay)} decays ({some(list(by_decay))}), not of one")
+    decay, weights = next(iter(by_decay.items()))
+    return dict(weights), [f"moving average under {name!r}, of decay {decay}, taken"]
+
+
+def _is_state_dict(content: object) -> bool:
+    return (
+        isinstance(content, Mapping)
+        and len(content) > 0
+        and all(isinstance(name, str) and isinstance(value, Tensor) for name, value in content.items())
+    )
 
 
 def identify_model(
@@ -204,8 +218,7 @@ def _torch_load(path: Path) -> Any:
         if culprit := isinstance(error, pickle.UnpicklingError) and re.search(r"GLOBAL (\S+)", str(error)):
             raise ValueError(
                 f"holds {culprit[1]}, which is not loaded as it could run code; expected a state dict of tensors. If "
-                "you trust the file, write its weights alone to another: torch.save(torch.load(file, weights_only="
-                "False)['state_dict'], 'weights.pt')"
+                "you trust the file, load it with torch.load(file, weights_only=False) and save the state dict alone"
             ) from error
         raise ValueError(f"{_look(path)}; expected a state dict of tensors that torch.save wrote") from error
 

@@ -159,7 +159,7 @@ def content(weights: Weights) -> dict[str, tuple[Any, str]]:
     """A file, and what the conversion remarks about it."""
     theirs = released(weights)
     averaged = {key: value + 1 if value.is_floating_point() else value for key, value in theirs.items()}
-    prefixes = "prefixes of DataParallel or torch.compile (module., _orig_mod.) taken off the names"
+    prefixes = "prefixes of wrappers (module., _orig_mod., model.) taken off the names"
     return {
         "training.pt": (
             {"state_dict": theirs, "ema": {0.9998: averaged}, "optimizer": {"lr": 0.1}, "epoch": 3},
@@ -168,6 +168,7 @@ def content(weights: Weights) -> dict[str, tuple[Any, str]]:
         ),
         "timm.pth.tar": ({"model": weights, "epoch": 3}, "weights under 'model' taken; left out: epoch"),
         "parallel.bin": ({f"module.{key}": value for key, value in theirs.items()}, prefixes),
+        "lightning.pth": ({"net": {f"model.{key}": value for key, value in weights.items()}}, prefixes),
         "compiled.pth": ({f"_orig_mod.{key}": value for key, value in weights.items()}, prefixes),
         "plain.pt": (weights, ""),
     }
