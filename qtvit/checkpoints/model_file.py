@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import textwrap
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -134,7 +135,8 @@ def load_model(path: str | Path, *, swap_kernel: bool = False, **model_args: Any
     except RuntimeError as error:
         first, *more = str(error).splitlines()[1:]
         others = f" ({len(more)} more)" if more else ""
-        raise ValueError(f"{path}: its weights do not fit {info.model}: {first.strip()}{others}") from error
+        reason = textwrap.shorten(first, 200, placeholder=" …")
+        raise ValueError(f"{path}: its weights do not fit {info.model}: {reason}{others}") from error
     if len(info.classes) != model.num_classes:
         raise ValueError(f"{path}: names {len(info.classes)} classes, but its {info.model} has {model.num_classes}")
     return model.eval(), info

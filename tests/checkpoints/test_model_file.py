@@ -105,6 +105,10 @@ def test_weights_that_do_not_fit(info: ModelInfo, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"do not fit qtvit_nano: size mismatch for head\.fc\.weight") as error:
         load_model(tmp_path / "x.safetensors")
     assert "\n" not in str(error.value)
+    save_model(tmp_path / "x.safetensors", {"head.fc.bias": torch.zeros(3), "scalars.c": torch.ones(1)}, info)
+    with pytest.raises(ValueError, match=r"do not fit qtvit_nano: Missing key.* … \(1 more\)$") as error:
+        load_model(tmp_path / "x.safetensors")
+    assert len(str(error.value)) < 400 + len(str(tmp_path))
 
 
 def test_a_file_of_another_version(info: ModelInfo, tmp_path: Path) -> None:
