@@ -28,7 +28,7 @@ from qtvit.files import open_folder, write_text
 
 from .ablation_report import write_results
 from .ablation_tables import Table, get_table
-from .classify import SUMMARY, _build, _read_data, absolute, run_training
+from .classify import SUMMARY, absolute, build_classifier, read_data, run_training
 from .config import DEFAULT_MODEL, RESUMABLE, TrainConfig, parse_config
 from .run import check_device
 from .table3 import table3_kernels
@@ -201,13 +201,13 @@ def _check_runs(ablation: Ablation, runs: Sequence[tuple[str, int]]) -> None:
     """
     config = replace(ablation.run_config(*runs[0]), on_bad_image="stop")  # or all images would be read
     check_device(config, resolve_device(config.device))
-    data = _read_data(config, {}, world_size=1)
+    data = read_data(config, {}, world_size=1)
     for row in dict.fromkeys(row for row, seed in runs if not _is_used(ablation.run(row, seed))):
         config = ablation.run_config(row, 0)
         has_weights = config.checkpoint is not None or config.model_args.keys() & set(WEIGHT_SOURCES)
         try:
             with console.quiet(), nullcontext() if has_weights else torch.device("meta"):
-                _build(config, data)
+                build_classifier(config, data)
         except (ValueError, RuntimeError) as error:  # the latter by timm's own loading
             hint = "" if config.checkpoint is None else "; without --checkpoint, rows start from random weights"
             raise ValueError(f"row {row} of {ablation.name}: {' '.join(str(error).split())}{hint}") from error

@@ -221,7 +221,7 @@ def run_training(config: TrainConfig) -> RunSummary | None:
     finished = past.get("finished", False)
     if finished and (Path(config.resume or "") / SUMMARY).is_file():
         raise ValueError(f"{config.resume} is finished; --checkpoint {config.resume} starts a new run from its weights")
-    data = _read_data(config, past, world_size)
+    data = read_data(config, past, world_size)
     if config.num_workers is None:
         config = replace(config, num_workers=default_workers(config.data == DIGITS))
     if past.get("stream_workers") not in (None, config.num_workers):
@@ -231,7 +231,7 @@ def run_training(config: TrainConfig) -> RunSummary | None:
         )
     set_threads(config.num_threads, config.num_workers or 0)
     lightning.seed_everything(config.seed, workers=True, verbose=False)
-    model, info = _build_again(past) if past else _build(config, data)
+    model, info = _build_again(past) if past else build_classifier(config, data)
     config = replace(config, model=info.model)
     image_size = Preprocess(**info.preprocess).size
     sizes = (image_size, *config.augment.train_shapes())
@@ -298,7 +298,7 @@ def _score_start(
     return {"epoch": 0, "step": 0, **scores}
 
 
-def _read_data(config: TrainConfig, past: dict[str, Any], world_size: int) -> LabelledImages:
+def read_data(config: TrainConfig, past: dict[str, Any], world_size: int) -> LabelledImages:
     """The images to train on; those of the run that ``past`` describes, if it does."""
     data = load_labelled_images(
         config.data, val_fraction=config.val_fraction, seed=config.seed, train_images=config.train_images
@@ -323,7 +323,7 @@ def _build_again(past: dict[str, Any]) -> tuple[Any, ModelInfo]:
     return build_model(info.model, **info.model_args).train(), info
 
 
-def _build(config: TrainConfig, data: LabelledImages) -> tuple[Any, ModelInfo]:
+def build_classifier(config: TrainConfig, data: LabelledImages) -> tuple[Any, ModelInfo]:
     """The model to train, from random weights or from ``config.checkpoint``, and its description."""
     classes = list(data.classes)
     name = config.model or DEFAULT_MODEL

@@ -367,7 +367,7 @@ def test_what_messages_say_of_damaged_files_works(copy: Path, plan: Ablation, tr
 def test_the_results_of_a_finished_ablation_need_no_data(
     copy: Path, plan: Ablation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ablation, "_read_data", None)
+    monkeypatch.setattr(ablation, "read_data", None)
     (copy / "results.json").unlink()
     run_ablation(plan)
     assert (copy / "results.json").is_file()
