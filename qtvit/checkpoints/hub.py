@@ -24,7 +24,9 @@ HUB, LOCAL = "hf-hub:", "local-dir:"
 """What the names of models on the Hub and of folders begin with, in ``timm.create_model`` and here."""
 HUB_FILE = "model.safetensors"
 """Name of the model file on the Hub, which timm looks for too."""
-_HTTP_ERRORS: tuple[Any, ...] = HfHubHTTPError.__bases__
+_HTTP_ERRORS: tuple[Any, ...] = tuple(
+    base for base in HfHubHTTPError.__mro__ if base.__module__.split(".")[0] not in ("builtins", "huggingface_hub")
+)
 """What the HTTP library of huggingface_hub, which is another one in each major version, raises without a connection."""
 
 
@@ -81,8 +83,6 @@ def hub_errors(name: str) -> Iterator[None]:
         hint = "; `hf auth login` or HF_TOKEN say who you are" if refused else ""
         why = _one_line(error.server_message or error)
         raise (PermissionError if refused else OSError)(f"{name}: the Hub says no ({why}){hint}") from error
-    except OSError:
-        raise
     except _HTTP_ERRORS as error:
         raise ConnectionError(f"{name}: the Hub cannot be reached ({_one_line(error)})") from error
     finally:

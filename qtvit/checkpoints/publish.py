@@ -107,7 +107,7 @@ def _write_files(folder: Path, model: nn.Module, info: ModelInfo, license: str |
     imagenet = ImageNetInfo()
     if info.classes == imagenet.label_names():
         labels["label_descriptions"] = imagenet.label_descriptions(as_dict=True)
-    save_config_for_hf(model, str(path), model_config=labels, model_args=own_args(info.model_args))
+    save_config_for_hf(model, path, model_config=labels, model_args=own_args(info.model_args))
     config = json.loads(path.read_text(encoding="utf-8"))
     described = config["pretrained_cfg"]
     for name in ("tag", "license", "description", "origin_url", "paper_name", "paper_ids", "notes", "label_offset"):

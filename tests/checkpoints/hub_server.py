@@ -70,7 +70,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.do_GET()
 
     def do_GET(self) -> None:
-        if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)", self.path):
+        if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)(/revision/main\?.*)?", self.path):
             if repo := self.hub.repos.get(match[1]):
                 self.reply(200, {"id": match[1], "sha": COMMIT, "private": repo.private, "siblings": []})
             else:
