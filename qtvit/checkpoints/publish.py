@@ -20,6 +20,11 @@ from .model_card import model_card
 from .model_file import BEST, ModelInfo, find_model_file, load_model, own_args, save_model
 
 CARD = "README.md"
+NOT_OF_THESE_WEIGHTS = (
+    *("tag", "license", "description", "origin_url", "paper_name", "paper_ids", "notes", "label_offset"),
+    *("test_input_size", "test_crop_pct", "test_pool_size"),
+)
+"""What timm may say of the weights that it has for a network."""
 
 
 def push_model(
@@ -71,14 +76,14 @@ def push_model(
         path = Path(folder)
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
             raise ValueError(f"{path} exists already and is not empty; name another folder")
-        _write_files(open_folder(path), model, info, license)
+        _write_files(open_folder(path), model, info)
         write_text(path / CARD, card)
         return str(path)
 
     with hub_errors(repo_id), TemporaryDirectory() as temporary:
         if get_token() is None:
             raise PermissionError(f"{repo_id}: you are not logged in to the Hub; run `hf auth login`, or set HF_TOKEN")
-        _write_files(Path(temporary), model, info, license)
+        _write_files(Path(temporary), model, info)
         api = HfApi(library_name="qtvit", library_version=__version__)
         address = api.create_repo(repo_id, private=private or None, exist_ok=True)
         if private and not api.model_info(repo_id).private:
@@ -97,12 +102,12 @@ def _folder(run: str | Path) -> Path | None:
     return file.parent if file.name in (BEST, HUB_FILE) and not str(run).startswith(HUB) else None
 
 
-def _write_files(folder: Path, model: nn.Module, info: ModelInfo, license: str | None) -> None:
+def _write_files(folder: Path, model: nn.Module, info: ModelInfo) -> None:
     """The model file, and what ``timm.create_model`` needs to know of it: "config.json" as timm writes it, but that the
     description of the weights is of these, not of those that timm has for the same network.
     """
     save_model(folder / HUB_FILE, model.state_dict(), info)
-    path = folder / "config.json"
+    path: Any = folder / "config.json"  # timm asks for a str; its earlier versions need a Path
     labels: dict[str, Any] = {"label_names": info.classes} if info.classes else {}
     imagenet = ImageNetInfo()
     if info.classes == imagenet.label_names():
@@ -110,9 +115,7 @@ def _write_files(folder: Path, model: nn.Module, info: ModelInfo, license: str |
     save_config_for_hf(model, path, model_config=labels, model_args=own_args(info.model_args))
     config = json.loads(path.read_text(encoding="utf-8"))
     described = config["pretrained_cfg"]
-    for name in ("tag", "license", "description", "origin_url", "paper_name", "paper_ids", "notes", "label_offset"):
-        described.pop(name, None)
-    for name in ("test_input_size", "test_crop_pct", "test_pool_size"):
+    for name in NOT_OF_THESE_WEIGHTS:
         described.pop(name, None)
     preprocess = dict(info.preprocess)
     size = preprocess.pop("size")
@@ -121,6 +124,5 @@ def _write_files(folder: Path, model: nn.Module, info: ModelInfo, license: str |
         input_size=[getattr(model, "in_chans", 3), *size],
         crop_mode="center",
         num_classes=config["num_classes"],
-        **({"license": license} if license else {}),
     )
     write_text(path, json.dumps(config, indent=2) + "\n")

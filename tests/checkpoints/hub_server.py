@@ -77,7 +77,9 @@ class _Handler(BaseHTTPRequestHandler):
                 self.fail(404, "RepoNotFound", "Repository not found")
             return
         match = re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", self.path)
-        assert match, self.path
+        if match is None:
+            self.fail(404, "", "Not found")
+            return
         name, revision, file = match.groups()
         repo = self.hub.repos.get(name)
         if repo is None:

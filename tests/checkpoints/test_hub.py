@@ -305,6 +305,29 @@ def test_its_commands_run(
     options = "--epochs 1 --batch-size 4 --num-workers 0 --output tuned"
     assert main([*train, *options.split()]) == 0
     assert load_model("tuned")[1].classes == ["class_0", "class_1"]
+    push_model("tuned", "me/tuned", folder="published")
+    assert ModelCard.load("published/README.md").data.base_model == "me/model"
+
+
+def test_the_examples_of_the_page_run(make_run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, hub: Hub) -> None:
+    for slow in ("training.classify.plot_curves", "training.classify.write_report", "training.report.write_report"):
+        monkeypatch.setattr(f"qtvit.{slow}", lambda *args: None)
+    make_run(num_classes=2, img_size=[16, 16]).rename("runs/qtvit_1-photos")
+    Image.radial_gradient("L").resize((40, 30)).convert("RGB").save("cat.jpg")
+    for i in range(20 + 100):
+        image = Path("photos" if i < 20 else "others", f"class_{i % 2}", f"{i}.png")
+        image.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (16, 16), (2 * i, 0, 0)).save(image)
+    text = (Path(__file__).parents[2] / "docs" / "hub.md").read_text(encoding="utf-8")
+    for language, block in re.findall(r"```(sh|python)\n(.*?)```", text, re.DOTALL):
+        if language == "python":
+            exec(compile(block, "hub.md", "exec"), {})
+            continue
+        for line in block.splitlines():
+            assert main(shlex.split(line)[1:]) == 0
+    assert hub.repos.keys() == {"me/photos", "me/frogs"}
+    options = re.search(r'push_model\("runs/qtvit_1-photos", "me/photos", (.*?)\)', text)[1]
+    assert push_model("runs/qtvit_1-photos", "me/python", **eval(f"dict({options})")) == f"{hub.url}/me/python"
 
 
 # At the command line
