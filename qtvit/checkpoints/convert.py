@@ -11,12 +11,12 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from qtvit.errors import unknown_name
+from qtvit.errors import some, unknown_name
 from qtvit.files import replacing
-from qtvit.models import ARCHITECTURES, build_model
-from qtvit.models.foreign import kernel_mismatch, own_names, released_name, source_of
+from qtvit.models import ARCHITECTURES, build_model, check_img_size
+from qtvit.models.foreign import fit_weights, kernel_mismatch, own_names, released_name, source_of
 
-from .model_file import ModelInfo, described, find_model_file
+from .model_file import ModelInfo, described, find_model_file, load_strictly
 from .weights import DEFAULT_KERNEL, Weights, identify_model, possible_kernels, read_weights
 
 SOURCES = {
@@ -49,7 +49,8 @@ class Conversion:
 
     def report(self, verbose: bool = False) -> str:
         """Counts of what was mapped, transformed and added; with ``verbose``, every tensor."""
-        num_params = sum(p.numel() for p in build_model(self.info.model, **self.info.model_args).parameters())
+        with torch.device("meta"):
+            num_params = sum(p.numel() for p in build_model(self.info.model, **self.info.model_args).parameters())
         what = ", ".join(f"{name}={value}" for name, value in self.info.model_args.items())
         lines = [
             f"{self.info.source} -> {self.info.model} ({what}; {num_params / 1e6:.2f} M parameters)",
@@ -100,13 +101,13 @@ def convert(
     path = find_model_file(src)
     weights = read_weights(path, ema)
     try:
-        return _convert(path, weights, model, kernel, img_size, classes)
+        return _convert(Path(src).name, weights, model, kernel, img_size, classes)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
 
 def _convert(
-    path: Path,
+    file: str,
     weights: Weights,
     name: str | None,
     kernel: str | None,
@@ -115,22 +116,21 @@ def _convert(
 ) -> Conversion:
     remarks = list(weights.remarks)
     source = source_of(weights.tensors)
+    is_efficientvit = source in ("mit", "timm")
     if info := described(weights):
-        if name not in (None, info.model):
-            raise ValueError(f"described as {info.model}, not {name}")
-        if info.model.split(".")[0] not in ARCHITECTURES:
+        described_as = info.model.split(".")[0]
+        if described_as not in ARCHITECTURES:
             raise ValueError(f"holds {info.model}, a model of timm's; there is nothing to convert")
+        if name not in (None, described_as):
+            raise ValueError(f"described as {info.model}, not {name}")
         kernels = [info.model_args.get("kernel", DEFAULT_KERNEL)]
     else:
         kernels = possible_kernels(weights.tensors)
-        known = kernel if source == "qtvit" else None
+        known = None if is_efficientvit else kernel
         info = ModelInfo.of_weights(*identify_model(weights.tensors, known, name))
-    if not all(tensor.isfinite().all() for tensor in weights.tensors.values()):
-        broken = [name for name, tensor in weights.tensors.items() if not tensor.isfinite().all()]
-        raise ValueError(f"NaN or infinity in {len(broken)} tensors: {', '.join(broken[:3])}")
 
     args = dict(info.model_args)
-    if source in ("mit", "timm"):
+    if is_efficientvit:
         kernel = kernel or DEFAULT_KERNEL
         for part in ("kernel", "ape", "shortcut"):
             args.pop(part, None)
@@ -147,19 +147,24 @@ def _convert(
             f"{kernel_mismatch(weights.tensors, DEFAULT_KERNEL)}; --kernel says which they were trained with"
         )
     elif kernel is not None and kernel not in kernels:
-        raise ValueError(kernel_mismatch(weights.tensors, kernel) or f"trained with kernel {kernels[0]}, not {kernel}")
+        raise ValueError(f"trained with kernel {' or '.join(kernels)}, not {kernel}")
     if img_size is not None:
         args["img_size"] = list(img_size)
-        info = replace(info, preprocess={**info.preprocess, "size": list(img_size)})
+        info = replace(info, preprocess={**info.preprocess, "size": list(img_size)}, metrics={})
     if classes is not None:
         if len(classes) != args.get("num_classes", len(info.classes)):
             raise ValueError(f"has {len(info.classes)} outputs, but {len(classes)} classes are named")
         info = replace(info, classes=list(classes))
-    info = replace(info, model_args=args, source=info.source or f"{path.name}, {SOURCES[source]}")
+    whose = SOURCES.get(source, "a model of qtvit")
+    info = replace(info, model_args=args, source=info.source or f"{file}, {whose}")
 
     target: Any = build_model(info.model, **args)
-    target.load_state_dict(weights.tensors)
+    if img_size is not None:
+        check_img_size(target, (img_size[0], img_size[1]))
+    load_strictly(target, fit_weights(weights.tensors, target))
     state_dict = target.state_dict()
+    if broken := [name for name, tensor in state_dict.items() if not tensor.isfinite().all()]:
+        raise ValueError(f"NaN or infinity in {len(broken)} tensors: {some(broken, 3)}")
     mapped = {ours: theirs for theirs, ours in own_names(weights.tensors, target).items()}
     transformed = {
         ours: change
@@ -176,14 +181,14 @@ def save_released(path: Path, state_dict: dict[str, Tensor], info: ModelInfo) ->
         ValueError: the model has another kernel than theirs, or lacks a part that theirs has.
         OSError: the file cannot be written.
     """
-    for name, only in (("kernel", DEFAULT_KERNEL), ("ape", True), ("shortcut", True)):
+    for name, only in (("kernel", DEFAULT_KERNEL), ("ape", True), ("shortcut", True), ("attn_eps", None)):
         if info.model_args.get(name, only) != only:
             raise ValueError(f"the authors' code has {name}={only} alone, this model {name}={info.model_args[name]}")
     cfg = ARCHITECTURES[info.model.split(".")[0]]
     released = {released_name(name, cfg): tensor.contiguous() for name, tensor in state_dict.items()}
     with replacing(path) as temporary:
         try:
-            if path.suffix == ".safetensors":
+            if path.suffix.lower() == ".safetensors":
                 save_file(released, temporary)
             else:
                 torch.save({"state_dict": released}, temporary)

@@ -131,15 +131,30 @@ def load_model(path: str | Path, *, swap_kernel: bool = False, **model_args: Any
     elif isinstance(model, QTViT) and (mismatch := kernel_mismatch(state_dict, model.kernel)):
         raise ValueError(f"{path}: {mismatch}")
     try:
-        model.load_state_dict(state_dict)
-    except RuntimeError as error:
-        first, *more = str(error).splitlines()[1:]
-        others = f" ({len(more)} more)" if more else ""
-        reason = textwrap.shorten(first, 200, placeholder=" …")
-        raise ValueError(f"{path}: its weights do not fit {info.model}: {reason}{others}") from error
+        load_strictly(model, state_dict)
+    except ValueError as error:
+        raise ValueError(f"{path}: its weights do not fit {info.model}: {error}") from error
     if len(info.classes) != model.num_classes:
         raise ValueError(f"{path}: names {len(info.classes)} classes, but its {info.model} has {model.num_classes}")
     return model.eval(), info
+
+
+def load_strictly(model: nn.Module, state_dict: dict[str, Tensor]) -> None:
+    """Load weights that have to fit exactly.
+
+    Raises:
+        ValueError: they do not; the message says in a line what is wrong.
+    """
+    for name, own in model.state_dict().items():
+        given = state_dict.get(name, own)
+        if own.is_floating_point() and not given.is_floating_point():
+            raise ValueError(f"{name} holds {str(given.dtype).removeprefix('torch.')}, not floating point numbers")
+    try:
+        model.load_state_dict(state_dict)
+    except RuntimeError as error:
+        first, *more = str(error).splitlines()[str(error).startswith("Error(s)") :]
+        others = f" ({len(more)} more)" if more else ""
+        raise ValueError(textwrap.shorten(first, 300, placeholder=" …") + others) from error
 
 
 def find_model_file(path: str | Path) -> Path:

@@ -22,14 +22,16 @@ from qtvit.models.foreign import (
     rename_keys,
     source_of,
 )
-from qtvit.ops import KERNELS
+from qtvit.ops import KERNELS, get_kernel
 
 TORCH_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".tar")
 """Files that torch.save wrote; all others are taken for safetensors."""
 DEFAULT_KERNEL = next(iter(KERNELS))
 """Of a model that is built without the argument."""
+USUAL = ("state_dict", "model")
+"""Where training checkpoints of the release, of MIT and of timm keep the weights."""
 AVERAGES = ("ema", "state_dict_ema", "model_ema")
-"""Where training checkpoints of the release, of MIT and of timm keep the moving average of the weights."""
+"""Where they keep their moving average."""
 
 
 @dataclass
@@ -73,6 +75,10 @@ def read_weights(path: Path, ema: bool = False) -> Weights:
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     stripped = {re.sub(r"^((module|_orig_mod|model)\.)+", "", name): tensor for name, tensor in tensors.items()}
+    if len(stripped) < len(tensors):
+        raise ValueError(
+            f"{path}: holds tensors of the same names with and without the prefix of a wrapper (module., …)"
+        )
     if stripped.keys() != tensors.keys():
         remarks.append("prefixes of wrappers (module., _orig_mod., model.) taken off the names")
     return Weights(stripped, remarks, metadata)
@@ -82,7 +88,7 @@ def _unpack(content: Any, ema: bool) -> tuple[dict[str, Tensor], list[str]]:
     """The state dict in what a file holds, plain or within a training checkpoint; and remarks."""
     if not isinstance(content, Mapping) or not content:
         raise ValueError(f"holds no state dict, but {_kind(content)}")
-    if "pytorch-lightning_version" in content:
+    if "pytorch-lightning_version" in content and "qtvit" in content:
         raise ValueError("the state of a training run; give its run folder, or best.safetensors in there")
     if ema:
         return _averaged(content)
@@ -90,11 +96,13 @@ def _unpack(content: Any, ema: bool) -> tuple[dict[str, Tensor], list[str]]:
         return dict(content), []
     inner = [name for name, value in content.items() if name not in AVERAGES and _is_state_dict(value)]
     if not inner:
-        found = some([f"{name!r} ({_kind(value)})" for name, value in content.items() if not isinstance(value, Tensor)])
-        raise ValueError(f"holds no state dict, which has tensors by name alone: there is {found}")
-    if len(inner) > 1 and "state_dict" not in inner:
+        strange = {name: value for name, value in content.items() if not (isinstance(name, str) and _is_tensor(value))}
+        found = some([f"{name!r} ({_kind(value)})" for name, value in strange.items()])
+        hint = "; --ema takes the moving average" if strange.keys() & set(AVERAGES) else ""
+        raise ValueError(f"holds no state dict, which has tensors by name alone: there is {found}{hint}")
+    if len(inner) > 1 and not set(inner) & set(USUAL):
         raise ValueError(f"holds several state dicts: {some(inner)}; save the one that is meant to a file of its own")
-    name = "state_dict" if "state_dict" in inner else inner[0]
+    name = next((name for name in USUAL if name in inner), inner[0])
     left_out = [str(key) for key in content if key != name]
     averages = [key for key in AVERAGES if key in content]
     hint = f" ({averages[0]!r} is a moving average: --ema takes that)" if averages else ""
@@ -120,8 +128,12 @@ def _is_state_dict(content: object) -> bool:
     return (
         isinstance(content, Mapping)
         and len(content) > 0
-        and all(isinstance(name, str) and isinstance(value, Tensor) for name, value in content.items())
+        and all(isinstance(name, str) and _is_tensor(value) for name, value in content.items())
     )
+
+
+def _is_tensor(value: object) -> bool:
+    return isinstance(value, Tensor)
 
 
 def identify_model(
@@ -142,34 +154,42 @@ def identify_model(
         ValueError: the weights are not exactly those of one of our models, with what is wrong for the closest; or they
             are of another ``kernel`` or model.
     """
-    assumed = kernel or next(iter(possible_kernels(state_dict)), DEFAULT_KERNEL)
+    kernels = possible_kernels(state_dict)
+    if kernel is not None and get_kernel(kernel) and source_of(state_dict) in ("mit", "timm") and kernel not in kernels:
+        raise ValueError(f"the weights of an EfficientViT, whose kernel is relu, not {kernel}")
+    assumed = kernel or next(iter(kernels), DEFAULT_KERNEL)
     parts = _attention_args(state_dict, assumed)
-    differences: dict[str, list[str]] = {}
+    differences: dict[str, list[list[str]]] = {}
     for candidate in ARCHITECTURES if name is None else [name]:
         with torch.device("meta"):
             model: Any = build_model(candidate, **parts)
         shapes = _shapes(rename_keys(state_dict, model))
         model_args = {**_model_args(shapes, model), **parts}
-        names = [key for key in model.state_dict() if model_args["num_classes"] or not key.startswith("head.fc.")]
-        wrong = [f"{key} is missing" for key in names if key not in shapes]
-        wrong += [f"{key} is not of this model" for key in shapes if key not in names]
-        if not wrong:
-            with torch.device("meta"):
-                expected = _shapes(build_model(candidate, **model_args).state_dict())
-            wrong = [f"{key} is {shapes[key]}, not {shape}" for key, shape in expected.items() if shapes[key] != shape]
-            if not wrong:
-                return candidate, model_args
-        if shapes.keys() & set(names):
-            differences[candidate] = wrong
+        with torch.device("meta"):
+            expected = _shapes(build_model(candidate, **model_args).state_dict())
+        missing = [key for key in expected if key not in shapes]
+        unexpected = [key for key in shapes if key not in expected]
+        other = [
+            f"{key} {shapes[key]}, not {shape}" for key, shape in expected.items() if shapes.get(key, shape) != shape
+        ]
+        if not (missing or unexpected or other):
+            return candidate, model_args
+        if shapes.keys() & expected.keys():
+            differences[candidate] = [missing, unexpected, other]
     if not differences:
         whose = "a model of ours" if name is None else name
         raise ValueError(f"not the weights of {whose}; the first names in it are {', '.join([*state_dict][:3])}")
     if mismatch := kernel_mismatch(state_dict, assumed):
         raise ValueError(mismatch)
-    closest, wrong = min(differences.items(), key=lambda item: len(item[1]))
-    found = f"a model of ours; the closest is {closest}, but" if name is None else f"{name}:"
-    more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-    raise ValueError(f"not the weights of {found} {'; '.join(wrong[:3])}{more}")
+    closest, lists = min(differences.items(), key=lambda item: sum(map(len, item[1])))
+    wrong = "; ".join(
+        f"{what} {len(found)}: {some(found, 3)}"
+        for what, found in zip(("missing", "unexpected", "of another shape"), lists, strict=True)
+        if found
+    )
+    raise ValueError(
+        f"not the weights of {'a model of ours; the closest is ' if name is None else ''}{closest} ({wrong})"
+    )
 
 
 def possible_kernels(names: Iterable[str]) -> list[str]:

@@ -1,6 +1,7 @@
 """Building models by name, and what they cost."""
 
 import copy
+import textwrap
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,8 +25,9 @@ def build_model(name: str, **model_args: Any) -> nn.Module:
         raise unknown_name("model", name, [*timm.list_models("qtvit*"), *timm.list_models(exclude_filters="qtvit*")])
     try:
         return timm.create_model(name, **model_args)
-    except (TypeError, AssertionError) as error:
-        raise ValueError(f"model {name} cannot be built with {model_args}: {error}") from error
+    except (TypeError, AssertionError, RuntimeError) as error:  # the latter for weights that do not fit
+        reason = textwrap.shorten(str(error), 300, placeholder=" …")
+        raise ValueError(f"model {name} cannot be built with {model_args}: {reason}") from error
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ the shortcut's norm, the kernel's scalar). timm's port of EfficientViT has names
 
 from __future__ import annotations
 
-import logging
+import contextlib
 import re
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
@@ -22,8 +22,6 @@ if TYPE_CHECKING:
 
 TIMM_ATTN_EPS = 1e-5
 """What timm's EfficientViT adds to its sums of weights."""
-
-_logger = logging.getLogger(__name__)
 
 _ATTENTION_NAMES = {
     "scalars.c": "ones_scale1",
@@ -115,56 +113,68 @@ def source_of(names: Iterable[str]) -> str:
 
 def own_names(names: Iterable[str], model: QTViT) -> dict[str, str]:
     """Our name for each of these names, whosever they are; those that are nobody's stay as they are."""
-    ours = {name(key, model.cfg): key for name in (released_name, timm_name) for key in model.state_dict()}
+    ours = {}
+    for key in model.state_dict():
+        for name_of in (released_name, timm_name):
+            with contextlib.suppress(ValueError):  # of parts that somebody has added to the model
+                ours[name_of(key, model.cfg)] = key
     return {name: ours.get(name, name) for name in names}
 
 
 def rename_keys(state_dict: Mapping[str, Any], model: QTViT) -> dict[str, Tensor]:
-    """A state dict with our names from one with anybody's."""
-    names = own_names(state_dict, model)
-    return {names[key]: value for key, value in state_dict.items()}
+    """A state dict with our names from one with anybody's.
 
-
-def new_parts(model: QTViT) -> dict[str, Tensor]:
-    """What QT-ViT's attention has and EfficientViT's has not, with the values that disturb least.
-
-    Positional maps of 0, shortcuts that are silent (GELU(0) = 0; their gradient is not), scalars as in a new model.
+    Raises:
+        ValueError: two of its tensors are the same one of ``model``.
     """
-    scalars, parts = get_kernel(model.kernel).scalars, {}
-    for key, value in model.state_dict().items():
-        if _NEW_PART.search(key):
-            name = key.rpartition(".")[2]
-            parts[key] = torch.full_like(value, 1.0 if name == "running_var" else scalars.get(name, 0.0))
-    return parts
+    renamed: dict[str, Any] = {}
+    names = own_names(state_dict, model)
+    for key, value in state_dict.items():
+        if names[key] in renamed:
+            raise ValueError(f"{names[key]} is there under two names, of which one is {key}")
+        renamed[names[key]] = value
+    return renamed
 
 
 def take_over(state_dict: Mapping[str, Tensor], model: QTViT) -> dict[str, Tensor]:
     """What ``model`` takes over of weights (with our names) that were trained with another attention.
 
-    Everything that both have; parts that only ``model`` has begin as `new_parts`, those that it has not are left out.
+    Everything that both have. Parts that only ``model`` has begin at what disturbs least: positional maps of 0,
+    shortcuts that are silent (GELU(0) = 0; their gradient is not), scalars as in a new model. Parts that it has not are
+    left out.
     """
-    own = model.state_dict().keys()
-    kept = {key: value for key, value in state_dict.items() if key in own or not _NEW_PART.search(key)}
-    return {**{key: value for key, value in new_parts(model).items() if key not in kept}, **kept}
+    own, scalars = model.state_dict(), get_kernel(model.kernel).scalars
+    taken = {key: value for key, value in state_dict.items() if key in own or not _NEW_PART.search(key)}
+    for key, value in own.items():
+        if key not in taken and (part := _NEW_PART.search(key)):
+            qkv = state_dict.get(f"{key[: part.start()]}.attn.qkv.weight")
+            if qkv is not None:  # else these are not the weights of this block
+                name = key.rpartition(".")[2]
+                start = 1.0 if name == "running_var" else scalars.get(name, 0.0)
+                dtype = qkv.dtype if value.is_floating_point() else value.dtype
+                taken[key] = torch.full(value.shape, start, dtype=dtype, device=qkv.device)
+    return taken
+
+
+def fit_weights(state_dict: Mapping[str, Any], model: QTViT) -> dict[str, Tensor]:
+    """Weights with anybody's names as those of ``model``: named as it names them, positional maps resized to its own as
+    they are at run time, and EfficientViT's completed by what `take_over` adds.
+    """
+    fitted = rename_keys(state_dict, model)
+    if source_of(state_dict) in ("mit", "timm"):
+        fitted = take_over(fitted, model)
+    for key, own in model.state_dict().items():
+        given = fitted.get(key)
+        if key.endswith("pos_embed") and given is not None and given.ndim == 4 and given.shape[2:] != own.shape[2:]:
+            precise = given.to(torch.promote_types(given.dtype, torch.float32))
+            resized = F.interpolate(precise, size=own.shape[2:], mode="bicubic", align_corners=False)
+            fitted[key] = resized.to(given.dtype)
+    return fitted
 
 
 def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: QTViT) -> dict[str, Tensor]:
-    """What ``model`` can load of a checkpoint, whosever names it has: also what timm calls with downloaded weights.
-
-    Positional maps are resized to the model's own, as they are at run time. EfficientViT's weights are completed by
-    `new_parts`.
-    """
-    state_dict = state_dict.get("state_dict", state_dict)
-    renamed = rename_keys(state_dict, model)
-    if source_of(state_dict) in ("mit", "timm"):
-        added = new_parts(model).keys() - renamed.keys()
-        renamed = take_over(renamed, model)
-        if added:
-            _logger.info(f"EfficientViT's weights for a model with {len(added)} entries more, which begin silent")
-    for key, own in model.state_dict().items():
-        if key.endswith("pos_embed") and key in renamed and renamed[key].shape[2:] != own.shape[2:]:
-            renamed[key] = F.interpolate(renamed[key].float(), size=own.shape[2:], mode="bicubic", align_corners=False)
-    return renamed
+    """What timm calls with downloaded weights: `fit_weights`, of a dict that may have them under ``state_dict``."""
+    return fit_weights(state_dict.get("state_dict", state_dict), model)
 
 
 def kernel_scalars(names: Iterable[str]) -> set[str]:
@@ -179,9 +189,12 @@ def kernels_with(scalars: set[str]) -> list[str]:
 
 
 def kernel_mismatch(names: Iterable[str], kernel: str) -> str:
-    """What says that weights of these names are of another kernel than ``kernel``; nothing if they may be of it."""
+    """What says that weights of these names are of another kernel than ``kernel``; nothing if they may be of it, or
+    have no attention.
+    """
+    names = list(names)
     own, expected = kernel_scalars(names), set(get_kernel(kernel).scalars)
-    if own == expected:
+    if own == expected or not any(".qkv." in name for name in names):
         return ""
     wrong = [f"{name} is missing" for name in sorted(expected - own)]
     wrong += [f"{name} is not of this kernel" for name in sorted(own - expected)]

@@ -7,8 +7,9 @@ design is that of "EfficientViT: Multi-Scale Linear Attention for High-Resolutio
 Shapes: B batch, C channels, H x W image or feature map. The network takes any H x W, square or not.
 """
 
+import contextlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -34,7 +35,7 @@ from qtvit.layers import (
     recompute,
 )
 
-from .foreign import checkpoint_filter_fn, kernel_mismatch, released_name
+from .foreign import checkpoint_filter_fn, fit_weights, kernel_mismatch, released_name
 
 
 @dataclass(frozen=True)
@@ -349,8 +350,11 @@ class QTViT(nn.Module):
 
         So the shortcut's BatchNorm weight, the kernel's scalars and the positional maps are decayed.
         """
-        names = [name for name, _ in self.named_parameters()]
-        return {name for name in names if re.search("norm|bias", released_name(name, self.cfg))}
+        exempt = set()
+        for name, _ in self.named_parameters():
+            with contextlib.suppress(ValueError):  # a part that somebody has added
+                exempt |= {name} if re.search("norm|bias", released_name(name, self.cfg)) else set()
+        return exempt
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
@@ -360,6 +364,19 @@ class QTViT(nn.Module):
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         blocks = r"^stages\.(\d+)" if coarse else [(r"^stages\.(\d+)\.(\d+)", None)]
         return {"stem": r"^stages\.0\.0\.", "blocks": blocks}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As for any module, with weights under anybody's names: see `qtvit.models.foreign.fit_weights`.
+
+        Raises:
+            RuntimeError: they do not fit; ``strict``, the message says so where they are of another kernel.
+        """
+        try:
+            return super().load_state_dict(state_dict, strict, assign)
+        except RuntimeError as error:
+            if strict and (mismatch := kernel_mismatch(state_dict, self.kernel)):
+                raise RuntimeError(mismatch) from error
+            raise
 
     def _load_from_state_dict(
         self,
@@ -371,11 +388,9 @@ class QTViT(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        """Called by ``load_state_dict``: weights under anybody's names become ours, see `checkpoint_filter_fn`."""
+        """Called by ``load_state_dict`` of this module or of one around it."""
         given = {key: state_dict.pop(key) for key in list(state_dict) if key.startswith(prefix)}
-        weights = checkpoint_filter_fn({key.removeprefix(prefix): value for key, value in given.items()}, self)
-        if strict and (mismatch := kernel_mismatch(weights, self.kernel)):
-            error_msgs.append(mismatch)
+        weights = fit_weights({key.removeprefix(prefix): value for key, value in given.items()}, self)
         state_dict.update({prefix + key: value for key, value in weights.items()})
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs

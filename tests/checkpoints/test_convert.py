@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from qtvit.checkpoints import convert, load_model, save_model, save_released
+from qtvit.checkpoints import ModelInfo, convert, load_model, save_model, save_released
 from qtvit.models import ARCHITECTURES, build_model
 from qtvit.models.foreign import released_name, source_of, timm_name
 from qtvit_cli import main
@@ -257,9 +258,9 @@ def off_by_one_class(weights: Weights) -> Weights:
 @pytest.mark.parametrize(
     ("change", "options", "message"),
     [
-        (lambda w: dict(list(w.items())[: len(w) // 2]), {}, "closest is qtvit_nano, but stages.1.2."),
-        (off_by_one_class, {}, "head.fc.bias is (7,), not (8,)"),
-        (lambda w: w, {"model": "qtvit_1"}, "not the weights of qtvit_1: "),
+        (lambda w: dict(list(w.items())[: len(w) // 2]), {}, "closest is qtvit_nano (missing 7"),
+        (off_by_one_class, {}, "closest is qtvit_nano (of another shape 1: head.fc.bias (7,), not (8,))"),
+        (lambda w: w, {"model": "qtvit_1"}, "not the weights of qtvit_1 (missing 276: stages.1"),
         (lambda w: w, {"kernel": "relu"}, "weights of a model with another kernel than relu"),
         (lambda w: w, {"kernel": "rellu"}, "unknown kernel 'rellu'; did you mean relu"),
         (
@@ -268,6 +269,11 @@ def off_by_one_class(weights: Weights) -> Weights:
             "--kernel says which they were trained with",
         ),
         (lambda w: w, {"classes": ["a", "b"]}, "has 7 outputs, but 2 classes are named"),
+        (lambda w: w, {"img_size": (1, 1)}, "--img-size 1x1 is below the network's minimum of 4 px"),
+        (lambda w: {**w, **released(w)}, {}, "is there under two names, of which one is "),
+        (lambda w: {**w, **{f"module.{k}": v for k, v in w.items()}}, {}, "with and without the prefix of a wrapper"),
+        (lambda w: {**w, "head.fc.bias": torch.ones(7, dtype=torch.int8)}, {}, "head.fc.bias holds int8, not floating"),
+        (lambda w: {**w, "head.fc.bias": torch.full((7,), 1e300, dtype=torch.float64)}, {}, "infinity in 1 tensors"),
         (
             lambda w: {**w, "head.fc.bias": torch.full((7,), torch.nan)},
             {},
@@ -283,6 +289,95 @@ def test_what_is_not_converted(
         convert(tmp_path / "x.pt", **options)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda w: dict(list(w.items())[:50]), "Missing key(s) in state_dict"),
+        (lambda w: {**w, "surprise": torch.zeros(1)}, 'Unexpected key(s) in state_dict: "surprise"'),
+        (lambda w: {"a": torch.zeros(1)}, "Missing key(s) in state_dict"),
+    ],
+)
+def test_a_described_file_that_is_damaged(
+    change: Callable[[Weights], Weights], message: str, nano: Weights, tmp_path: Path
+) -> None:
+    info = ModelInfo("qtvit_nano", {"num_classes": 7}, list("abcdefg"), {"size": [32, 32]})
+    save_model(tmp_path / "x.safetensors", change(nano), info)
+    for read in (convert, load_model):
+        with pytest.raises(ValueError, match=r"x\.safetensors: ") as error:
+            read(tmp_path / "x.safetensors")
+        assert message in str(error.value)
+        assert "\n" not in str(error.value)
+
+
+def test_the_kernel_of_weights_that_cannot_tell(randomize: Randomize, tmp_path: Path) -> None:
+    trained = randomize(build_model("qtvit_nano", kernel="elu"), 0).state_dict()
+    for weights in (trained, released(trained)):
+        torch.save(weights, tmp_path / "x.pt")
+        conversion = convert(tmp_path / "x.pt", kernel="elu")
+        assert conversion.info.model_args == {"num_classes": 10, "kernel": "elu"}
+    torch.save(released(without_new_parts(trained)), tmp_path / "mit.pt")
+    with pytest.raises(ValueError, match="the weights of an EfficientViT, whose kernel is relu, not elu"):
+        load_model(tmp_path / "mit.pt", kernel="elu")
+    converted = convert(tmp_path / "mit.pt", kernel="elu")
+    assert converted.info.source == "mit.pt, MIT's EfficientViT"
+    assert converted.info.model_args == {"num_classes": 10, "kernel": "elu"}
+
+
+def test_a_run_and_the_model_of_a_run(nano: Weights, tmp_path: Path) -> None:
+    run = tmp_path / "my-run"
+    run.mkdir()
+    info = ModelInfo("qtvit_nano", {"num_classes": 7}, list("abcdefg"), {"size": [32, 32]}, metrics={"top1": 77.0})
+    save_model(run / "best.safetensors", nano, info)
+    conversion = convert(run)
+    assert conversion.info.source == "my-run, a model of qtvit"
+    assert (conversion.info.classes, conversion.info.metrics) == (list("abcdefg"), {"top1": 77.0})
+    assert convert(run, img_size=(40, 40)).info.metrics == {}
+    for name, message in (("qtvit_1", "described as qtvit_nano, not qtvit_1"), (None, "a model of timm's; there is")):
+        if name is None:
+            save_model(run / "best.safetensors", nano, replace(info, model="resnet18"))
+        with pytest.raises(ValueError, match=message):
+            convert(run, model=name)
+
+
+def test_parts_of_weights_change_only_themselves(nano: Weights) -> None:
+    """With ``strict=False``: whatever the names are, nothing is filled in that belongs to other weights."""
+    model = build_model("qtvit_nano", num_classes=7)
+    model.load_state_dict(nano)
+    theirs = {"backbone.foo": torch.zeros(1), "stem.in_conv.conv.weight": torch.ones(16, 3, 3, 3)}
+    for part in ({}, {"head.fc.bias": torch.ones(7)}, theirs):
+        model.load_state_dict(part, strict=False)
+    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, nano[name])}
+    assert changed == {"head.fc.bias", "stages.0.0.conv.weight"}
+    other = build_model("qtvit_nano", num_classes=7, kernel="relu")
+    missing, unexpected = other.load_state_dict(nano, strict=False)
+    assert missing == []
+    assert all(name.endswith("scalars.c") for name in unexpected)
+    assert len(unexpected) == 4
+
+
+def test_a_model_that_was_changed_loads_its_own_weights(nano: Weights) -> None:
+    model = build_model("qtvit_nano", num_classes=7)
+    model.aux = nn.Linear(3, 3)
+    model.head = nn.Linear(96, 3)
+    weights = {name: value.clone() + 1 for name, value in model.state_dict().items()}
+    model.load_state_dict(weights)
+    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+    assert "stages.0.0.norm.weight" in model.no_weight_decay()
+
+
+def test_a_model_without_storage_takes_efficientvit(nano: Weights) -> None:
+    with torch.device("meta"):
+        model = build_model("qtvit_nano", num_classes=7, img_size=48)
+    half = {key: value.half() if value.is_floating_point() else value for key, value in nano.items()}
+    model.load_state_dict(released(half), assign=True)
+    assert {value.dtype for value in model.state_dict().values()} == {torch.float16, torch.int64}
+    with torch.device("meta"):
+        model = build_model("qtvit_nano", num_classes=7)
+    model.load_state_dict(released(without_new_parts(half)), assign=True)
+    assert {value.device.type for value in model.state_dict().values()} == {"cpu"}
+    assert model.get_submodule("stages.1.1.attn").pos_embed.abs().max() == 0
 
 
 def test_a_model_that_is_not_ours(tmp_path: Path) -> None:

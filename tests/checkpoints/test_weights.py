@@ -178,16 +178,20 @@ def broken_files(weights: Weights) -> list[tuple[Any, str]]:
             {"epoch": 3, **weights},
             "holds no state dict, which has tensors by name alone: there is 'epoch' (of type int)",
         ),
-        ({0: torch.zeros(1)}, "holds no state dict, which has"),
+        ({0: torch.zeros(1)}, "which has tensors by name alone: there is 0 (of type Tensor)"),
+        ({"ema": {0.9: weights}}, "there is 'ema' (of type dict); --ema takes the moving average"),
         ({"optimizer": {"state": {}}, "epoch": 1}, "there is 'optimizer' (of type dict), 'epoch' (of type int)"),
         ({"a": weights, "b": weights}, "holds several state dicts: a, b; save the one"),
         ({"args": argparse.Namespace(), **weights}, "holds argparse.Namespace, which is not loaded"),
-        ({"state_dict": weights, "pytorch-lightning_version": "2.6"}, "the state of a training run; give its run"),
+        (
+            {"state_dict": weights, "pytorch-lightning_version": "2.6", "qtvit": {}},
+            "the state of a training run; give its run",
+        ),
         (resnet, "not the weights of a model of ours; the first names in it are 0.weight, 0.bias, 1.weight"),
-        ({**weights, "surprise": torch.zeros(1)}, "closest is qtvit_nano, but surprise is not of this model"),
-        (wide, "closest is qtvit_nano, but head.hidden.weight is (9, 9), not (128, 128)"),
-        (head, "closest is qtvit_nano, but head.in_conv.conv.weight is missing"),
-        (dict(list(weights.items())[:60]), "; stages."),
+        ({**weights, "surprise": torch.zeros(1)}, "closest is qtvit_nano (unexpected 1: surprise)"),
+        (wide, "closest is qtvit_nano (of another shape 1: head.hidden.weight (9, 9), not (128, 128))"),
+        (head, "closest is qtvit_nano (missing 1: head.in_conv.conv.weight)"),
+        (dict(list(weights.items())[:60]), "closest is qtvit_nano (missing 9"),
     ]
 
 
