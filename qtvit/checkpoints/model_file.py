@@ -120,10 +120,7 @@ def load_model(path: str | Path, *, swap_kernel: bool = False, **model_args: Any
             raise ValueError(f"{path}: its {info.model} has no attention kernel that could be swapped")
         known_args = {name: value for name, value in known_args.items() if name not in ATTENTION_ARGS}
     elif is_ours and kernel not in (None, trained):
-        raise ValueError(
-            f"{path}: its {info.model} was trained with kernel {trained}, not {kernel} "
-            "(swap_kernel takes over what the two have in common)"
-        )
+        raise ValueError(f"{path}: its {info.model} was trained with kernel {trained}, not {kernel}")
     info = dataclasses.replace(info, model_args={**known_args, **model_args})
     model: Any = build_model(info.model, **info.model_args)
     if swap_kernel:

@@ -89,8 +89,7 @@ def test_described_weights_are_of_one_kernel(
     save(path, weights(trained or "taylor2"), trained)
     assert (
         error_of(path, kernel=asked)
-        == f"{path}: its qtvit_nano was trained with kernel {trained or 'taylor2'}, not {asked} "
-        "(swap_kernel takes over what the two have in common)"
+        == f"{path}: its qtvit_nano was trained with kernel {trained or 'taylor2'}, not {asked}"
     )
     assert load_model(tmp_path, kernel=trained or "taylor2")[0].kernel == (trained or "taylor2")
     assert load_model(tmp_path)[0].kernel == (trained or "taylor2")
