@@ -399,7 +399,7 @@ def predict(args: argparse.Namespace) -> None:
         _make_parent(args.save if is_sheet else args.save / "image")
     _make_parent(args.json)
     _make_parent(args.csv)
-    width = min(max(len(str(file)) for file in files), 60)
+    width = min(max(len(str(file)) for file in files), 120)
     label_width = min(max(map(len, predictor.classes)), 30)
     predictions = _predictions(predictor, list(files), args.top_k, args.batch_size, skip=args.on_bad_image == "skip")
     rows: list[dict[str, Any]] = []

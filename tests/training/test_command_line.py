@@ -256,7 +256,7 @@ def mistakes() -> list[tuple[str, str]]:
         ("predict {run} nowhere.jpg", "nowhere.jpg: no such image file"),
         ("predict {run} {empty}", "no images in this folder"),
         ("predict {run} {run}/summary.json", "summary.json: not an image"),
-        ("predict {run}/summary.json {photos}", "summary.json: not a safetensors file"),
+        ("predict {run}/summary.json {photos}", "summary.json: a text file that begins with"),
         ("predict {run} {photos} --device tpu", "no such device: 'tpu'"),
     ]
 
