@@ -664,10 +664,10 @@ def convert(args: argparse.Namespace) -> None:
     conversion = checkpoints.convert(
         args.src, model=args.model, kernel=args.kernel, img_size=args.img_size, ema=args.ema, classes=classes
     )
-    _make_parent(args.dst)
     if released:
         checkpoints.save_released(args.dst, conversion.state_dict, conversion.info)
     else:
+        _make_parent(args.dst)
         checkpoints.save_model(args.dst, conversion.state_dict, conversion.info)
     print(conversion.report(args.verbose))
     print(f"written: {args.dst}")

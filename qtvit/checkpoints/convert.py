@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from qtvit.errors import some, unknown_name
-from qtvit.files import replacing
+from qtvit.files import open_folder, replacing
 from qtvit.models import ARCHITECTURES, build_model, check_img_size
 from qtvit.models.foreign import fit_weights, kernel_mismatch, own_names, released_name, source_of
 
@@ -37,6 +37,7 @@ class Conversion:
         mapped: for each tensor that was in the file, its name there by its name in ``state_dict``.
         transformed: what was done to some of them, by our name.
         added: the parts that the source's attention has not, at the values that disturb least.
+        missing, unexpected: what the strict loading found to lack, and to be left over.
         remarks: what else is worth knowing.
     """
 
@@ -45,6 +46,8 @@ class Conversion:
     mapped: dict[str, str]
     transformed: dict[str, str]
     added: list[str]
+    missing: list[str]
+    unexpected: list[str]
     remarks: list[str]
 
     def report(self, verbose: bool = False) -> str:
@@ -57,8 +60,8 @@ class Conversion:
             f"  mapped       {len(self.mapped):4d}",
             f"  transformed  {len(self.transformed):4d}  {_counts(self.transformed.values())}",
             f"  added        {len(self.added):4d}  {_counts(_part(name) for name in self.added)}",
-            "  missing         0",
-            "  unexpected      0",
+            f"  missing      {len(self.missing):4d}",
+            f"  unexpected   {len(self.unexpected):4d}",
         ]
         if verbose:
             for name, tensor in self.state_dict.items():
@@ -161,7 +164,7 @@ def _convert(
     target: Any = build_model(info.model, **args)
     if img_size is not None:
         check_img_size(target, (img_size[0], img_size[1]))
-    load_strictly(target, fit_weights(weights.tensors, target))
+    missing, unexpected = load_strictly(target, fit_weights(weights.tensors, target))
     state_dict = target.state_dict()
     if broken := [name for name, tensor in state_dict.items() if not tensor.isfinite().all()]:
         raise ValueError(f"NaN or infinity in {len(broken)} tensors: {some(broken, 3)}")
@@ -171,7 +174,8 @@ def _convert(
         for ours, theirs in mapped.items()
         if (change := _change(weights.tensors[theirs], state_dict[ours]))
     }
-    return Conversion(state_dict, info, mapped, transformed, [n for n in state_dict if n not in mapped], remarks)
+    added = [name for name in state_dict if name not in mapped]
+    return Conversion(state_dict, info, mapped, transformed, added, missing, unexpected, remarks)
 
 
 def save_released(path: Path, state_dict: dict[str, Tensor], info: ModelInfo) -> None:
@@ -183,9 +187,13 @@ def save_released(path: Path, state_dict: dict[str, Tensor], info: ModelInfo) ->
     """
     for name, only in (("kernel", DEFAULT_KERNEL), ("ape", True), ("shortcut", True), ("attn_eps", None)):
         if info.model_args.get(name, only) != only:
-            raise ValueError(f"the authors' code has {name}={only} alone, this model {name}={info.model_args[name]}")
+            raise ValueError(
+                f"{path} not written: the authors' code has {name}={only} alone, "
+                f"this model {name}={info.model_args[name]}"
+            )
     cfg = ARCHITECTURES[info.model.split(".")[0]]
     released = {released_name(name, cfg): tensor.contiguous() for name, tensor in state_dict.items()}
+    open_folder(path.parent)
     with replacing(path) as temporary:
         try:
             if path.suffix.lower() == ".safetensors":

@@ -136,8 +136,11 @@ def load_model(path: str | Path, *, swap_kernel: bool = False, **model_args: Any
     return model.eval(), info
 
 
-def load_strictly(model: nn.Module, state_dict: dict[str, Tensor]) -> None:
+def load_strictly(model: nn.Module, state_dict: dict[str, Tensor]) -> tuple[list[str], list[str]]:
     """Load weights that have to fit exactly.
+
+    Returns:
+        What ``load_state_dict`` found missing and unexpected.
 
     Raises:
         ValueError: they do not; the message says in a line what is wrong.
@@ -147,7 +150,8 @@ def load_strictly(model: nn.Module, state_dict: dict[str, Tensor]) -> None:
         if own.is_floating_point() and not given.is_floating_point():
             raise ValueError(f"{name} holds {str(given.dtype).removeprefix('torch.')}, not floating point numbers")
     try:
-        model.load_state_dict(state_dict)
+        missing, unexpected = model.load_state_dict(state_dict)
+        return missing, unexpected
     except RuntimeError as error:
         first, *more = str(error).splitlines()[str(error).startswith("Error(s)") :]
         others = f" ({len(more)} more)" if more else ""

@@ -394,8 +394,8 @@ def test_what_the_authors_code_has_not(randomize: Randomize, tmp_path: Path) -> 
         conversion = convert(tmp_path / "x.pt", kernel=args.get("kernel"))
         ((name, value),) = args.items()
         with pytest.raises(ValueError, match=f"the authors' code has {name}=.* alone, this model {name}={value}"):
-            save_released(tmp_path / "y.pt", conversion.state_dict, conversion.info)
-    assert not (tmp_path / "y.pt").exists()
+            save_released(tmp_path / "new" / "y.pt", conversion.state_dict, conversion.info)
+    assert not (tmp_path / "new").exists()
 
 
 def test_the_command(nano: Weights, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -418,6 +418,7 @@ def test_the_command(nano: Weights, tmp_path: Path, capsys: pytest.CaptureFixtur
         "model.safetensors exists already; name another file, or replace it with --overwrite\n"
     )
     assert main([*command, "--overwrite"]) == 0
+    assert "  missing         0\n  unexpected      0\n" in capsys.readouterr().out
     assert main(["convert", str(dst), str(tmp_path / "back.pt"), "--to", "released"]) == 0
     assert torch.load(tmp_path / "back.pt")["state_dict"].keys() == released(nano).keys()
     assert main(["convert", str(src), str(tmp_path / "x.pt")]) == 2
