@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 
 import qtvit
+import qtvit_cli
 
 ROOT = Path(qtvit.__file__).parent
 MODULES = sorted(ROOT.rglob("*.py"))
+COMMANDS = sorted(Path(qtvit_cli.__file__).parent.glob("*.py"))
 
 # A module imports from its own package and from rows above, never sideways or down. "qtvit" is what users import.
 LAYERS = [
@@ -66,6 +68,15 @@ def test_importing_qtvit_is_light() -> None:
     script = f"import sys, qtvit; print([name for name in {HEAVY} if name in sys.modules])"
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT.parent)
     assert result.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("path", COMMANDS, ids=lambda path: path.name)
+def test_commands_import_nothing_but_the_standard_library_until_they_run(path: Path) -> None:
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Import):
+            assert {alias.name.split(".")[0] for alias in node.names} <= sys.stdlib_module_names
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            assert str(node.module).split(".")[0] in sys.stdlib_module_names
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: path.relative_to(ROOT).as_posix())

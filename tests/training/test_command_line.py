@@ -399,6 +399,17 @@ def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     assert "pip install 'qtvit[train]'" in capsys.readouterr().err
 
 
+def test_the_missing_extra_is_that_of_the_package(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail() -> None:
+        raise ModuleNotFoundError("No module named 'openvino.runtime'", name="openvino.runtime")
+
+    monkeypatch.setattr("qtvit.models.model_cost", lambda *args: fail())
+    assert main(["models"]) == 2
+    assert capsys.readouterr().err == "qtvit: error: openvino is not installed; pip install 'qtvit[deploy]'\n"
+
+
 def test_a_reader_that_leaves_is_no_error(run: Path, photos: Path) -> None:
     command = [sys.executable, "-m", "qtvit", "predict", str(run), str(photos), "--batch-size", "1"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:

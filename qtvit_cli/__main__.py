@@ -1,0 +1,7 @@
+"""``python -m qtvit_cli``."""
+
+import sys
+
+from . import main
+
+sys.exit(main())

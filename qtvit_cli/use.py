@@ -1,0 +1,288 @@
+"""Using trained models: ``qtvit eval``, ``predict`` and ``explain``."""
+
+import argparse
+import csv
+import io
+import os
+from collections.abc import Container, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .common import RUN, SHEET_SUFFIXES, Commands, make_parent, new_file, pictures, positive, run_name, write_json
+
+if TYPE_CHECKING:
+    from qtvit.deploy import Prediction, Predictor
+    from qtvit.explain import View
+
+
+def add_use(commands: Commands) -> None:
+    """Add the commands that use a trained model."""
+    evaluation = commands.add_parser("eval", help="score a trained model on labelled images")
+    evaluation.add_argument("run", help=RUN)
+    evaluation.add_argument(
+        "--data", required=True, help="folder of CLASS/*.jpg, folder with val/CLASS/*.jpg, or digits"
+    )
+    evaluation.add_argument("--batch-size", type=positive, default=64)
+    evaluation.add_argument(
+        "--num-workers", type=int, help="processes that load images (default: one per core less one)"
+    )
+    evaluation.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    evaluation.add_argument(
+        "--output", help="folder to create for the report (default: runs/eval-RUN-DATA, numbered when taken)"
+    )
+    evaluation.add_argument("--json", type=new_file, metavar="FILE", help="also write all scores to FILE")
+    evaluation.add_argument(
+        "--on-bad-image", choices=("stop", "skip"), default="stop", help="what to do about unreadable files (stop)"
+    )
+    evaluation.set_defaults(command=evaluate)
+
+    prediction = commands.add_parser("predict", help="label images with a trained model")
+    prediction.add_argument("run", help=RUN)
+    prediction.add_argument("images", nargs="+", help="image files, or folders of them")
+    prediction.add_argument("--top-k", type=positive, default=5, help="classes to show per image (default: 5)")
+    prediction.add_argument("--batch-size", type=positive, default=32)
+    prediction.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    prediction.add_argument("--json", type=new_file, metavar="FILE", help="also write the predictions to FILE")
+    prediction.add_argument("--csv", type=new_file, metavar="FILE", help="the same as a table: image, rank, label, …")
+    prediction.add_argument(
+        "--save",
+        type=pictures,
+        metavar="PATH",
+        help="also draw them: sheets of small pictures if PATH ends in .png or .jpg, else a folder of large ones",
+    )
+    prediction.add_argument(
+        "--on-bad-image", choices=("stop", "skip"), default="stop", help="what to do about unreadable files (stop)"
+    )
+    prediction.set_defaults(command=predict)
+
+    explanation = commands.add_parser("explain", help="draw what the attention of a model looks at in an image")
+    explanation.add_argument("run", help=RUN)
+    explanation.add_argument("image", help="image file")
+    explanation.add_argument(
+        "--at",
+        action="append",
+        default=[],
+        metavar="X,Y",
+        help="point that attends, in pixels from the upper left one, 0,0; may be repeated (default: the centre)",
+    )
+    explanation.add_argument("--grid", metavar="RxC", help="points all over the image, in R rows and C columns")
+    explanation.add_argument(
+        "--layer", default="-1", help="attention layer: 0 the first, -1 the last, or a name as stages.2.1.attn (-1)"
+    )
+    explanation.add_argument("--head", default="mean", help="number of a head, mean, or all, side by side (mean)")
+    explanation.add_argument(
+        "--compare", nargs="+", default=[], metavar="RUN", help="runs to draw beside it, as of other kernels"
+    )
+    explanation.add_argument("--img-size", metavar="SIZE", help="shorter side to show it at, or HEIGHTxWIDTH")
+    explanation.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    explanation.add_argument(
+        "--output",
+        type=new_file,
+        metavar="NAME",
+        help="what the files' names begin with (default: the image's, in this folder): NAME-attention.png and .npy, "
+        "NAME-focus.png",
+    )
+    explanation.set_defaults(command=explain)
+
+
+def evaluate(args: argparse.Namespace) -> None:
+    """``qtvit eval``."""
+    from qtvit import console
+    from qtvit.data import DIGITS, drop_broken
+    from qtvit.deploy import Predictor
+    from qtvit.errors import some
+    from qtvit.training.evaluate import evaluate as run_evaluation
+    from qtvit.training.evaluate import held_out_samples
+    from qtvit.training.report import class_table, headline, scores, write_report
+    from qtvit.training.run import clean_up, create_run_folder, default_workers, set_threads
+
+    make_parent(args.json)
+    predictor = Predictor.load(args.run, args.device)
+    samples, which = held_out_samples(args.data, predictor.info)
+    num_workers = default_workers(args.data == DIGITS) if args.num_workers is None else args.num_workers
+    set_threads(None, num_workers)
+    folder = create_run_folder(args.output, f"eval-{run_name(args.run)}-{Path(args.data).resolve().name}")
+    with clean_up(folder):
+        if args.on_bad_image == "skip":
+            samples = drop_broken(samples)
+        evaluation = run_evaluation(predictor, samples, batch_size=args.batch_size, num_workers=num_workers)
+    print(f"{headline(evaluation)}: {which}")
+    absent = [row.label for row in evaluation.per_class() if row.num_images == 0]
+    if absent:
+        console.say(f"no images of {len(absent)} of the {len(predictor.classes)} classes: {some(absent)}")
+    for line in class_table(evaluation):
+        console.result(line)
+    about = {"run": args.run, "data": args.data, "images": which}
+    write_report(evaluation, samples, folder, about)
+    print(f"report: {folder}")
+    if args.json:
+        write_json(args.json, scores(evaluation, about))
+
+
+def predict(args: argparse.Namespace) -> None:
+    """``qtvit predict``."""
+    from qtvit import console
+    from qtvit.data import open_image
+    from qtvit.deploy import Predictor
+    from qtvit.deploy.annotate import FolderWriter, SheetWriter, shorten
+    from qtvit.errors import some
+
+    predictor = Predictor.load(args.run, args.device)
+    files = _find_files(args.images)
+    writer: FolderWriter | SheetWriter | None = None
+    if args.save:
+        save = args.save.resolve()
+        if any(save in (file.resolve(), *file.resolve().parents) for file in files):
+            raise ValueError(f"--save {args.save} holds images to predict; name another one")
+        is_sheet = save.suffix.lower() in SHEET_SUFFIXES
+        writer = SheetWriter(args.save) if is_sheet else FolderWriter(args.save)
+        make_parent(args.save if is_sheet else args.save / "image")
+    make_parent(args.json)
+    make_parent(args.csv)
+    width = min(max(len(str(file)) for file in files), 120)
+    label_width = min(max(map(len, predictor.classes)), 30)
+    predictions = _predictions(predictor, list(files), args.top_k, args.batch_size, skip=args.on_bad_image == "skip")
+    rows: list[dict[str, Any]] = []
+    skipped: list[str] = []
+    for file, prediction in console.progress(predictions, total=len(files), desc="Predicting", unit="image"):
+        name = os.fsencode(file).decode(errors="replace")  # file names may be in another encoding
+        if prediction is None:
+            skipped.append(name)
+            continue
+        pairs = list(zip(prediction.labels, prediction.probabilities, strict=True))
+        others = "   ".join(f"{shorten(label, label_width)} {p:.1%}" for label, p in pairs[1:])
+        label = f"{shorten(prediction.label, label_width):<{label_width}}  {prediction.probability:>6.1%}"
+        console.result(f"{name:<{width}}  {label}   {others}".rstrip())
+        rows.append({"image": name, "predictions": [{"label": label, "probability": p} for label, p in pairs]})
+        if writer:
+            writer.add(open_image(file), files[file], prediction)
+    if not rows:
+        raise ValueError(f"none of the {len(skipped)} images can be read: {some(skipped)}")
+    if skipped:
+        console.say(f"skipped {len(skipped)} of {len(files)} images that cannot be read: {some(skipped)}")
+    if args.json:
+        write_json(args.json, rows)
+    if args.csv:
+        _write_predictions(args.csv, rows)
+    if writer:
+        writer.close()
+        print(f"written: {some(writer.written)}")
+
+
+def _find_files(names: Sequence[str]) -> dict[Path, Path]:
+    """The images that ``names``, of files or folders, stand for, each with its path in that folder."""
+    from qtvit.data import find_images
+
+    files: dict[Path, Path] = {}
+    for name in names:
+        path = Path(name)
+        if path.is_dir():
+            found = find_images(path)
+            if not found:
+                raise ValueError(f"{name}: no images in this folder")
+        elif path.is_file():
+            found = [path]
+        else:
+            raise FileNotFoundError(f"{name}: no such image file or folder")
+        for file in found:
+            files.setdefault(file, file.relative_to(path if path.is_dir() else path.parent))
+    return files
+
+
+def _predictions(
+    predictor: "Predictor", files: Sequence[Path], top_k: int, batch_size: int, skip: bool
+) -> "Iterator[tuple[Path, Prediction | None]]":
+    """The files with what is predicted of them; with ``skip``, None of one that cannot be read, instead of an error."""
+    from qtvit import console
+    from qtvit.data import find_broken
+
+    for start in range(0, len(files), batch_size):
+        readable = files[start : start + batch_size]
+        try:
+            predictions = list(predictor.iter_predict(readable, top_k, batch_size))
+        except (ValueError, OSError):
+            if not skip:
+                raise
+            with console.quiet():
+                broken = [file for file, _ in find_broken([(file, 0) for file in readable])]
+            readable = [file for file in readable if file not in broken]
+            predictions = list(predictor.iter_predict(readable, top_k, batch_size))
+        found = dict(zip(readable, predictions, strict=True))
+        yield from ((file, found.get(file)) for file in files[start : start + batch_size])
+
+
+def _write_predictions(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """CSV with one line per image and class."""
+    from qtvit.files import write_text
+
+    table = io.StringIO()
+    writer = csv.writer(table, lineterminator="\n")
+    writer.writerow(["image", "rank", "label", "probability"])
+    for row in rows:
+        for rank, prediction in enumerate(row["predictions"], start=1):
+            writer.writerow([row["image"], rank, prediction["label"], f"{prediction['probability']:.6f}"])
+    write_text(path, table.getvalue())
+    print(f"written: {path}")
+
+
+def explain(args: argparse.Namespace) -> None:
+    """``qtvit explain``."""
+    from qtvit import console
+    from qtvit.data import open_image
+    from qtvit.data.transforms import parse_size
+    from qtvit.explain.draw import check_maps, draw_attention, draw_focus
+    from qtvit.explain.points import check_points, grid_points, parse_grid, parse_point
+    from qtvit.explain.view import look
+
+    points = [parse_point(text) for text in args.at]
+    grid = parse_grid(args.grid) if args.grid else (1, 1)
+    head = int(args.head) if args.head.isdecimal() else args.head
+    layer = int(args.layer) if args.layer.removeprefix("-").isdecimal() else args.layer
+    size = parse_size(args.img_size) if args.img_size else None
+    img_size = size[0] if size and "x" not in args.img_size else size
+    image = open_image(args.image)
+    name = args.output or Path(Path(args.image).stem)
+    name = name.with_suffix("") if args.output and name.suffix.lower() == ".png" else name
+    pictures = [name.with_name(f"{name.name}-{what}.png") for what in ("attention", "focus")]
+    raw = [
+        pictures[0].with_name(f"{name.name}-attention{f'-{i}' * (i > 1)}.npy") for i in range(1, len(args.compare) + 2)
+    ]
+    if Path(args.image).resolve() in [path.resolve() for path in [*pictures, *raw]]:
+        raise ValueError(f"--output {name} would overwrite {args.image}; name another one")
+    if args.grid or not points:
+        check_maps(len(points) + grid[0] * grid[1], [1], "mean")  # before that many points are made
+        points += grid_points(*grid, image.size)
+    check_points(points, image.size)
+    make_parent(pictures[0])
+
+    views: dict[str, View] = {}
+    for run in (args.run, *args.compare):
+        views[_unused(run_name(run), views)] = look(run, image, img_size, args.device)
+    check_maps(len(points), [view.num_heads(layer) for view in views.values()], head)
+    rows = {run: view.attention(points, layer) for run, view in views.items()}
+    draw_attention(rows, pictures[0], head, grid[1] if len(points) == grid[0] * grid[1] else None)
+    focus = {run: view.focus() for run, view in views.items()}
+    draw_focus(focus, pictures[1])
+    width = max(map(len, ["run", *focus]))
+    console.result(f"{'run':<{width}}  {'kernel':<18}  {'layer':<16}  {'tokens':>9}  entropy  support")
+    for run, layers in focus.items():
+        for at in layers:
+            tokens = f"{at.map_size[1]} x {at.map_size[0]}"
+            console.result(
+                f"{run:<{width}}  {at.kernel:<18}  {at.layer:<16}  {tokens:>9}  {at.entropy:>7.3f}  {at.support:>7.1%}"
+            )
+    print(f"written: {pictures[0]}")
+    for path, attention in zip(raw, rows.values(), strict=True):
+        attention.save(path)
+        shape = " x ".join(map(str, attention.weights.shape))
+        print(f"written: {path} (float32, points x heads x height x width: {shape})")
+    print(f"written: {pictures[1]}")
+
+
+def _unused(name: str, taken: Container[str]) -> str:
+    """``name``, numbered if it is taken."""
+    number, unused = 1, name
+    while unused in taken:
+        number += 1
+        unused = f"{name} ({number})"
+    return unused
