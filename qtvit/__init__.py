@@ -27,11 +27,14 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-def load(path: str | Path, device: str = "auto") -> Predictor:
-    """The trained model of a run folder or model file, ready to ``predict``; see `qtvit.deploy.Predictor.load`."""
+def load(path: str | Path, device: str = "auto", threads: int | None = None) -> Predictor:
+    """The trained model of a run folder, model file or exported file, ready to ``predict``.
+
+    See `qtvit.deploy.Predictor.load`.
+    """
     from .deploy import Predictor
 
-    return Predictor.load(path, device)
+    return Predictor.load(path, device, threads)
 
 
 def train_classifier(**options: Any) -> RunSummary | None:

@@ -4,21 +4,20 @@ import argparse
 import csv
 import io
 import os
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Container, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .common import RUN, SHEET_SUFFIXES, Commands, make_parent, new_file, pictures, positive, run_name, write_json
 
 if TYPE_CHECKING:
-    from qtvit.deploy import Prediction, Predictor
     from qtvit.explain import View
 
 
 def add_use(commands: Commands) -> None:
     """Add the commands that use a trained model."""
     evaluation = commands.add_parser("eval", help="score a trained model on labelled images")
-    evaluation.add_argument("run", help=RUN)
+    evaluation.add_argument("run", help=f"{RUN}, or an exported file")
     evaluation.add_argument(
         "--data", required=True, help="folder of CLASS/*.jpg, folder with val/CLASS/*.jpg, or digits"
     )
@@ -37,11 +36,12 @@ def add_use(commands: Commands) -> None:
     evaluation.set_defaults(command=evaluate)
 
     prediction = commands.add_parser("predict", help="label images with a trained model")
-    prediction.add_argument("run", help=RUN)
+    prediction.add_argument("run", help=f"{RUN}, or an exported file")
     prediction.add_argument("images", nargs="+", help="image files, or folders of them")
     prediction.add_argument("--top-k", type=positive, default=5, help="classes to show per image (default: 5)")
     prediction.add_argument("--batch-size", type=positive, default=32)
     prediction.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    prediction.add_argument("--threads", type=positive, help="CPU threads of the network (default: one per core)")
     prediction.add_argument("--json", type=new_file, metavar="FILE", help="also write the predictions to FILE")
     prediction.add_argument("--csv", type=new_file, metavar="FILE", help="the same as a table: image, rank, label, …")
     prediction.add_argument(
@@ -97,10 +97,10 @@ def evaluate(args: argparse.Namespace) -> None:
     from qtvit.training.run import clean_up, create_run_folder, default_workers, set_threads
 
     make_parent(args.json)
-    predictor = Predictor.load(args.run, args.device)
-    samples, which = held_out_samples(args.data, predictor.info)
     num_workers = default_workers(args.data == DIGITS) if args.num_workers is None else args.num_workers
     set_threads(None, num_workers)
+    predictor = Predictor.load(args.run, args.device)
+    samples, which = held_out_samples(args.data, predictor.info)
     folder = create_run_folder(args.output, f"eval-{run_name(args.run)}-{Path(args.data).resolve().name}")
     with clean_up(folder):
         if args.on_bad_image == "skip":
@@ -127,7 +127,7 @@ def predict(args: argparse.Namespace) -> None:
     from qtvit.deploy.annotate import FolderWriter, SheetWriter, shorten
     from qtvit.errors import some
 
-    predictor = Predictor.load(args.run, args.device)
+    predictor = Predictor.load(args.run, args.device, args.threads)
     files = _find_files(args.images)
     writer: FolderWriter | SheetWriter | None = None
     if args.save:
@@ -141,7 +141,9 @@ def predict(args: argparse.Namespace) -> None:
     make_parent(args.csv)
     width = min(max(len(str(file)) for file in files), 120)
     label_width = min(max(map(len, predictor.classes)), 30)
-    predictions = _predictions(predictor, list(files), args.top_k, args.batch_size, skip=args.on_bad_image == "skip")
+    skip = args.on_bad_image == "skip"
+    found = predictor.iter_predict(list(files), args.top_k, args.batch_size, skip_broken=skip)
+    predictions = zip(files, found, strict=True)
     rows: list[dict[str, Any]] = []
     skipped: list[str] = []
     for file, prediction in console.progress(predictions, total=len(files), desc="Predicting", unit="image"):
@@ -187,28 +189,6 @@ def _find_files(names: Sequence[str]) -> dict[Path, Path]:
         for file in found:
             files.setdefault(file, file.relative_to(path if path.is_dir() else path.parent))
     return files
-
-
-def _predictions(
-    predictor: "Predictor", files: Sequence[Path], top_k: int, batch_size: int, skip: bool
-) -> "Iterator[tuple[Path, Prediction | None]]":
-    """The files with what is predicted of them; with ``skip``, None of one that cannot be read, instead of an error."""
-    from qtvit import console
-    from qtvit.data import find_broken
-
-    for start in range(0, len(files), batch_size):
-        readable = files[start : start + batch_size]
-        try:
-            predictions = list(predictor.iter_predict(readable, top_k, batch_size))
-        except (ValueError, OSError):
-            if not skip:
-                raise
-            with console.quiet():
-                broken = [file for file, _ in find_broken([(file, 0) for file in readable])]
-            readable = [file for file in readable if file not in broken]
-            predictions = list(predictor.iter_predict(readable, top_k, batch_size))
-        found = dict(zip(readable, predictions, strict=True))
-        yield from ((file, found.get(file)) for file in files[start : start + batch_size])
 
 
 def _write_predictions(path: Path, rows: Sequence[dict[str, Any]]) -> None:

@@ -210,8 +210,8 @@ def evaluate(
     for images, labels in progress(batches, desc="Evaluating", unit="batch"):
         images = images.to(predictor.device)
         start = time.perf_counter()
-        logits = predictor.model(images)
-        probabilities.append(logits.float().softmax(-1).cpu())
+        logits = predictor.runtime(images)
+        probabilities.append(logits.softmax(-1).cpu())
         seconds += time.perf_counter() - start
         targets.append(labels)
     return Evaluation(predictor.classes, torch.cat(targets), torch.cat(probabilities), len(dataset) / seconds)
