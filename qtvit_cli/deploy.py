@@ -1,7 +1,70 @@
-"""Bringing models to other runtimes."""
+"""Bringing models to other runtimes: ``qtvit doctor``."""
 
-from .common import Commands
+import argparse
+from pathlib import Path
+
+from .common import RUN, Commands, make_parent, new_file, positive, write_json
 
 
 def add_deploy(commands: Commands) -> None:
     """Add the commands that deploy a model."""
+    _add_doctor(commands)
+
+
+def _add_doctor(commands: Commands) -> None:
+    examination = commands.add_parser(
+        "doctor",
+        help="find what would overflow or lose precision in fp16, bf16 and int8",
+        description="Runs a model on real images and measures every operation: which would overflow or lose precision "
+        "in fp16, bf16 and int8, and what comes of the whole model. The exit code is 1 if fp32, fp16 or bf16 gives "
+        "infinite outputs or NaN, 0 if not, 2 if nothing could be examined.",
+    )
+    examination.add_argument("run", help=f"{RUN}; or the name of a model, which then has random weights")
+    examination.add_argument("--data", required=True, help="folder of images, packed or not, or digits")
+    examination.add_argument(
+        "--num-images", type=positive, default=64, help="how many of them, from all over the folder (default: 64)"
+    )
+    examination.add_argument("--batch-size", type=positive, default=16)
+    examination.add_argument("--img-size", metavar="SIZE", help="side or HEIGHTxWIDTH (default: the model's own)")
+    examination.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    examination.add_argument("--all", action="store_true", help="print all layers, not the worst 20 alone")
+    examination.add_argument("--json", type=new_file, metavar="FILE", help="also write all that was measured to FILE")
+    examination.add_argument("--plot", type=_png, metavar="FILE", help="also draw the ranges of all layers: a .png")
+    examination.set_defaults(command=doctor)
+
+
+def doctor(args: argparse.Namespace) -> int:
+    """``qtvit doctor``; 1 if the model as it is gives infinite outputs or NaN."""
+    from qtvit import console
+    from qtvit.data.transforms import parse_size
+    from qtvit.deploy.doctor import examine
+    from qtvit.deploy.doctor.text import lines
+
+    img_size = parse_size(args.img_size) if args.img_size else None
+    make_parent(args.json)
+    make_parent(args.plot)
+    if args.plot:
+        from qtvit.deploy.doctor.draw import draw  # before the work, in case matplotlib is missing
+    report = examine(
+        args.run,
+        args.data,
+        num_images=args.num_images,
+        batch_size=args.batch_size,
+        img_size=img_size,
+        device=args.device,
+    )
+    for line in lines(report, args.all):
+        console.result(line)
+    if args.json:
+        write_json(args.json, report.to_dict())
+    if args.plot:
+        draw(report, args.plot)
+        print(f"written: {args.plot}")
+    return int(not report.is_finite)
+
+
+def _png(text: str) -> Path:
+    path = new_file(text)
+    if path.suffix.lower() != ".png":
+        raise argparse.ArgumentTypeError(f"{path} does not end in .png")
+    return path

@@ -1,0 +1,143 @@
+"""Examining a model on real images."""
+
+import copy
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from timm.data import resolve_model_data_config
+from torch import nn
+
+from qtvit import console
+from qtvit.checkpoints import load_model
+from qtvit.data import DIGITS, ImageSource, Preprocess, find_images, load_labelled_images, open_image
+from qtvit.data.classification import data_folder
+from qtvit.data.shards import is_packed, read_index
+from qtvit.device import resolve_device
+from qtvit.models import build_model
+from qtvit.models.build import check_img_size
+
+from ..artifact import format_of
+from ..predictor import Predictor
+from .report import Report
+from .runs import run_all
+
+Model = Predictor | nn.Module | str | Path
+"""A predictor, a network, what `qtvit.checkpoints.load_model` takes, or the name of a model of ours or timm's."""
+
+
+def examine(
+    model: Model,
+    data: str | Path | Sequence[ImageSource],
+    *,
+    num_images: int = 64,
+    batch_size: int = 16,
+    img_size: tuple[int, int] | None = None,
+    device: str = "auto",
+) -> Report:
+    """Which operations of a model overflow or lose precision in fp16, bf16 and int8, on real images.
+
+    The model is run about a dozen times on all images, and once more for every convolution, linear layer and matrix
+    product: to see what comes of the model when that one alone is in int8. The model given is left as it is.
+
+    Args:
+        model: what to examine. One given by name has random weights, and the report says so.
+        data: a folder of images, packed or not, "digits", or images.
+        num_images: how many of them to take, from all over the folder.
+        batch_size: images at a time.
+        img_size: (H, W); default: the model's own.
+        device: see `qtvit.device.resolve_device`; a predictor stays where it is.
+
+    Raises:
+        FileNotFoundError: no such model or folder.
+        ValueError: no images, one that cannot be read, a size that does not fit the model, a model that does not give
+            a tensor for RGB images or computes nothing, an exported file; as `qtvit.checkpoints.load_model`.
+    """
+    if num_images < 1 or batch_size < 1:
+        raise ValueError(f"num_images and batch_size must be 1 or more, got {num_images} and {batch_size}")
+    network, preprocess, name, is_random = _resolve(model)
+    if (in_chans := getattr(network, "in_chans", 3)) != 3:
+        raise ValueError(f"{name}: for images of {in_chans} channels, and images are read as RGB")
+    if img_size is not None:
+        check_img_size(network, img_size)
+        preprocess = dataclasses.replace(preprocess, size=img_size)
+    images = _pick(data, num_images)
+    where = model.device if isinstance(model, Predictor) else resolve_device(device)
+    transform = preprocess.transform()
+    loaded = [transform(open_image(image)) for image in console.progress(images, desc="images", unit="img")]
+    batches = [batch.to(where) for batch in torch.stack(loaded).split(batch_size)]
+    network = copy.deepcopy(network).float().eval().to(where)
+    operations, runs = run_all(network, batches)
+    if not operations:
+        raise ValueError(f"{name}: computes nothing that could be examined")
+    return Report(
+        name,
+        is_random,
+        sum(p.numel() for p in network.parameters()),
+        str(data) if isinstance(data, (str, Path)) else "memory",
+        len(images),
+        (preprocess.size[0], preprocess.size[1]),
+        str(where),
+        operations,
+        runs,
+    )
+
+
+def _resolve(model: Model) -> tuple[nn.Module, Preprocess, str, bool]:
+    """The network, its preprocessing, its name, and whether its weights are random."""
+    if isinstance(model, Predictor):
+        return model.model, model.preprocess, model.info.model, False
+    if isinstance(model, nn.Module):
+        network: Any = getattr(model, "_orig_mod", model)  # what torch.compile wraps
+        return network, _default_preprocess(network), type(network).__name__, False
+    if not isinstance(model, (str, Path)):
+        raise ValueError(f"a model given as {type(model).__name__}; expected a predictor, a network, a path or a name")
+    name = str(model)
+    if format_of(model):
+        raise ValueError(
+            f"{name}: an exported model has no layers to look into; give the run that it was exported from"
+        )
+    try:
+        network, info = load_model(model)
+        return network, Preprocess(**info.preprocess), name, False
+    except FileNotFoundError:
+        if Path(name).exists() or not timm.is_model(name):
+            raise
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        network = build_model(name)
+    return network, _default_preprocess(network), name, True
+
+
+def _default_preprocess(network: Any) -> Preprocess:
+    cfg = resolve_model_data_config(network)
+    size = getattr(network, "img_size", cfg["input_size"][1:])
+    return Preprocess(tuple(size), cfg["crop_pct"], cfg["interpolation"], cfg["mean"], cfg["std"])
+
+
+def _pick(data: str | Path | Sequence[ImageSource], num_images: int) -> list[ImageSource]:
+    """``num_images`` of the images, evenly from all over the folder, or all if there are no more."""
+    found: Sequence[ImageSource]
+    if not isinstance(data, (str, Path)):
+        found = data
+    elif str(data) == DIGITS:
+        found = [image for image, _ in load_labelled_images(DIGITS).val]
+    else:
+        root = data_folder(str(data))
+        found = _packed_images(root) if is_packed(root) else find_images(root)
+    if not found:
+        raise ValueError(f"{data}: no images in this folder" if isinstance(data, (str, Path)) else "no images given")
+    count = min(num_images, len(found))
+    return [found[i * len(found) // count] for i in range(count)]
+
+
+def _packed_images(root: Path) -> list[ImageSource]:
+    images: list[ImageSource] = []
+    for split in read_index(root).splits.values():
+        if damage := split.damage(root):
+            raise damage[0]
+        images += split.sources(root)
+    return images

@@ -1,0 +1,196 @@
+"""The report as lines of text."""
+
+import math
+from collections.abc import Iterator, Sequence
+
+from .measure import FORMATS, FP16, RELEASED
+from .report import MIN_SNR, SEVERITY, Operation, Report, Run, db_text, worst
+
+MAX_LAYERS = 20
+"""Layers of the table, unless all are asked for."""
+WIDTHS = (10, 6, 6, 10, 6)
+"""Of the columns that say what becomes of a layer."""
+MAX_LINES = 4
+"""Lines below a layer, unless all are asked for."""
+
+
+def lines(report: Report, show_all: bool = False) -> Iterator[str]:
+    """The layers, the worst first, with what is wrong below each; the runs of the whole model; the summary."""
+    height, width = report.img_size
+    images = f"{report.num_images} images of {height}x{width} from {report.data}"
+    yield f"{report.model}: {report.num_params / 1e6:.2f} M parameters, {images}, {report.device}"
+    if report.is_random:
+        yield "the weights are random: what follows is of little use but to try this out"
+    yield ""
+    yield from _table(report, show_all)
+    yield ""
+    yield from _runs(report.runs)
+    yield ""
+    yield from _summary(report)
+
+
+def _table(report: Report, show_all: bool) -> Iterator[str]:
+    layers = report.layers()
+    ranked = sorted(layers, key=lambda layer: _badness(layers[layer]), reverse=True)
+    shown = ranked if show_all else ranked[:MAX_LAYERS]
+    width = max(map(len, ["layer", *shown]))
+    yield f"{'':<{width}}  {'':>19}  {'as the model runs':^26}  {'all of it cast':^18}".rstrip()
+    heads = [f"{head:>{size}}" for head, size in zip(("fp16", "bf16", "int8", "fp16", "int8"), WIDTHS, strict=True)]
+    yield f"{'layer':<{width}}  {'range in fp32':>19}  {'  '.join(heads)}"
+    for layer in shown:
+        row = layers[layer]
+        computed = [op for op in row if op.numbers.low <= op.numbers.high and op.site.op != RELEASED]
+        low = min((op.numbers.low for op in computed), default=math.nan)
+        high = max((op.numbers.high for op in computed), default=math.nan)
+        span = f"{low:.3g} … {high:.3g}"
+        cells = [worst(row, "fp16"), _least(row, "bf16"), _int8(row, weighted=True)]
+        cells += [worst(row, "fp16", cast=True) if any(op.kept for op in row) else "", _int8(row, weighted=False)]
+        text = [f"{cell:>{size}}" for cell, size in zip(cells, WIDTHS, strict=True)]
+        yield f"{layer:<{width}}  {span:>19}  {'  '.join(text)}".rstrip()
+        problems = list(_problems(row))
+        cut = len(problems) if show_all else MAX_LINES
+        yield from (f"    {problem}" for problem in problems[:cut])
+        if len(problems) > cut:
+            yield f"    … and {len(problems) - cut} more"
+    if len(ranked) > len(shown):
+        yield f"… and {len(ranked) - len(shown)} more layers that are no worse (--all shows them)"
+
+
+def _badness(row: Sequence[Operation]) -> tuple[float, ...]:
+    """How bad a layer is: first what the model itself runs into, then what casting all of it would."""
+    ops = list(row)
+    rank = (
+        max(SEVERITY[worst(ops, name)] for name in FORMATS),
+        any(op.is_sensitive and op.is_weighted for op in ops),
+        SEVERITY[worst(ops, "fp16", cast=True)],
+        any(op.is_sensitive for op in ops),
+    )
+    return (*rank, 0.0 if any(rank) else -min(op.output_snr for op in ops))
+
+
+def _least(row: Sequence[Operation], name: str) -> str:
+    """The lowest signal-to-noise ratio of the operations that the model does not keep in fp32."""
+    ratios = [op.numbers.snr(name) for op in row if name not in op.kept]
+    return db_text(min(ratios)) if ratios else ""
+
+
+def _int8(row: Sequence[Operation], weighted: bool) -> str:
+    ratios = [op.output_snr for op in row if op.quantized and op.is_weighted == weighted]
+    return db_text(min(ratios)) if ratios else ""
+
+
+def _problems(row: Sequence[Operation]) -> Iterator[str]:
+    """Lines on what is wrong with the operations of a layer, the worst first; like ones as one."""
+    found: dict[tuple[str, str, str, bool], list[Operation]] = {}
+    for op in row:
+        for name in FORMATS:
+            verdict = op.verdict(name)
+            if SEVERITY[verdict] > SEVERITY["inputs"]:
+                found.setdefault((name, verdict, op.name, name in op.kept), []).append(op)
+        if op.is_sensitive:
+            found.setdefault(("int8", "", op.name, False), []).append(op)
+    ranked = sorted(found.items(), key=lambda item: (-SEVERITY.get(item[0][1], 3), item[0][3]))
+    for (name, verdict, what, is_kept), ops in ranked:
+        times = f" ×{len(ops)}" * (len(ops) > 1)
+        if name == "int8":
+            yield f"int8: {what}{times}: {min(ops, key=lambda op: op.output_snr).int8_reason()}"
+            continue
+        op = max(ops, key=lambda op: (op.numbers.partial, op.numbers.largest))
+        note = ""
+        if op.site.op == RELEASED:
+            note = "; not in this model"
+        elif is_kept:
+            note = "; the model keeps it in fp32"
+        yield f"{name} {verdict}: {what}{times}: {op.reason(name)}{note}"
+
+
+def _runs(runs: Sequence[Run]) -> Iterator[str]:
+    names = {id(run): f"{run.name}, all of it cast" if run.cast else run.name for run in runs}
+    width = max(map(len, ["whole model", *names.values()]))
+    yield f"{'whole model':<{width}}  top-1 as fp32  outputs  largest error  mean error  not finite"
+    for run in runs:
+        if run.name == "fp32" and not run.num_bad:
+            continue
+        if run.error:
+            yield f"{names[id(run)]:<{width}}  cannot be run here: {run.error}"
+            continue
+        agreement = "" if run.agreement is None else f"{run.agreement:.1%}"
+        snr = "" if math.isnan(run.snr) else db_text(run.snr)
+        first = f"  first in {run.first}" if run.num_bad and run.first else ""
+        yield (
+            f"{names[id(run)]:<{width}}  {agreement:>13}  {snr:>7}  {run.largest:>13.3g}  {run.mean:>10.2g}  "
+            f"{run.num_bad:>10}{first}"
+        )
+
+
+def _summary(report: Report) -> Iterator[str]:
+    operations, runs = report.operations, {(run.name, run.cast): run for run in report.runs}
+    if (exact := runs["fp32", False]).num_bad:
+        yield f"fp32: {exact.num_bad} outputs are infinite or NaN, first in {exact.first}"
+    for name in FORMATS:
+        run = runs[name, False]
+        kept = [op for op in operations if name in op.kept and op.site.op != RELEASED]
+        own = [op for op in operations if name not in op.kept]
+        bad = f"{run.num_bad} outputs are infinite or NaN, first in {run.first}" * (run.num_bad > 0)
+        problems = ", ".join(text for text in (bad, _verdicts(own, name)) if text)
+        unknown = " (what the model keeps in fp32 is not known)" * bool(run.error)
+        yield f"{name}: {problems or _largest_text(own, name)}{unknown}"
+        if kept:
+            text = _verdicts(kept, name)
+            more = f"of these, if a runtime cast them: {text}" if text else "they would be fine in it too"
+            yield f"      {len(kept)} operations stay in fp32 within the model; {more}"
+        if released := [op for op in operations if op.site.op == RELEASED]:
+            text = _verdicts(released, name)
+            if text and name == "fp16":
+                yield f"      the released code in {name}: {text}"
+    yield from _int8_summary(report, runs.get(("int8", False)))
+
+
+def _int8_summary(report: Report, run: Run | None) -> Iterator[str]:
+    if run is None:
+        yield "int8: no convolutions, linear layers or matrix products to run in it"
+        return
+    agreement = "" if run.agreement is None else f"top-1 as fp32 {run.agreement:.1%}, "
+    weighted = [op for op in report.operations if op.is_weighted]
+    layers = list(dict.fromkeys(op.site.module for op in report.sensitive if op.is_weighted))
+    worst_op = min(weighted, key=lambda op: op.output_snr)
+    text = f"keep these in higher precision: {', '.join(layers)}"
+    if not layers:
+        text = f"no layer alone costs much; most sensitive: {worst_op.site.module} ({db_text(worst_op.output_snr)})"
+    yield f"int8: {agreement}outputs {db_text(run.snr)}; {text}"
+    products = [op for op in report.operations if op.quantized and not op.is_weighted]
+    if products:
+        bad = [op for op in report.sensitive if op in products]
+        least = min(products, key=lambda op: op.output_snr)
+        modules = ", ".join(dict.fromkeys(op.site.module for op in bad))
+        more = f"keep those of {modules} in higher precision" if bad else "none alone costs much"
+        yield (
+            f"      {len(products)} products of activations are not in it; if a quantizer took them: {more} (worst: "
+            f"{least.site.module}: {least.name}, {db_text(least.output_snr)})"
+        )
+
+
+def _verdicts(operations: Sequence[Operation], name: str) -> str:
+    """How many of the operations have which verdict in a format, and the names of some; "" if all are well."""
+    parts = []
+    words = {
+        "not finite": "give infinite numbers or NaN",
+        "overflow": "overflow",
+        "sum": f"overflow where sums are accumulated in {name}",
+        "underflow": "lose numbers to 0",
+        "imprecise": f"are imprecise (below {MIN_SNR:.0f} dB)",
+        "close": f"come close to {FP16.max:.0f}" if name == "fp16" else "come close to overflow",
+    }
+    for verdict, word in words.items():
+        found = [op for op in operations if op.verdict(name) == verdict]
+        if found:
+            first = f"{found[0].site.module}: {found[0].name}".removeprefix(": ")
+            parts.append(f"{len(found)} {word} ({'the first: ' * (len(found) > 1)}{first})")
+    return ", ".join(parts)
+
+
+def _largest_text(operations: Sequence[Operation], name: str) -> str:
+    largest = max((op.numbers.largest for op in operations), default=0.0)
+    limit = f" (the limit is {FP16.max:.0f})" if name == "fp16" else ""
+    least = min((op.numbers.snr(name) for op in operations), default=math.inf)
+    return f"safe: numbers up to {largest:.3g}{limit}, every operation {db_text(least)} or better"
