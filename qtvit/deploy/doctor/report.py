@@ -251,7 +251,7 @@ def worst(operations: list[Operation], name: str, cast: bool = False) -> str:
 
 def db_text(value: float) -> str:
     """A ratio of `decibels` for readers."""
-    return f"{value:.0f} dB" if math.isfinite(value) else {math.inf: "exact"}.get(value, "not finite")
+    return f"{round(value)} dB" if math.isfinite(value) else {math.inf: "exact"}.get(value, "not finite")
 
 
 def _plain(value: Any) -> Any:

@@ -122,7 +122,8 @@ def _run_cast(
     converted = copy.deepcopy(network).to(FORMATS[name])
     cast = Cast(converted, everything)
     try:
-        outputs = _outputs(converted, batches, cast, f"{name}, all of it" if everything else name)
+        desc = f"{name}, all of it" if everything else name
+        outputs = _outputs(converted, batches, cast, desc, FORMATS[name])
     except (RuntimeError, NotImplementedError) as error:  # PyTorch may lack an operation for a dtype on a device
         return Run(name, everything, error=str(error).splitlines()[0]), set()
     kept = {site for site, dtype in cast.dtypes.items() if dtype != FORMATS[name]}
@@ -152,9 +153,10 @@ def _one_by_one(
     return result
 
 
-def _outputs(network: nn.Module, batches: Sequence[Tensor], tracer: Tracer, desc: str) -> Tensor:
-    """What the network gives for all batches, seen by ``tracer``: on the CPU, in fp32."""
-    dtype = next((p.dtype for p in network.parameters() if p.is_floating_point()), torch.float32)
+def _outputs(
+    network: nn.Module, batches: Sequence[Tensor], tracer: Tracer, desc: str, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """What the network gives for all batches as ``dtype``, seen by ``tracer``: on the CPU, in fp32."""
     outputs = []
     with tracer:
         for batch in console.progress(batches, desc=desc, unit="batch"):
@@ -168,7 +170,7 @@ def _outputs(network: nn.Module, batches: Sequence[Tensor], tracer: Tracer, desc
 
 def _compare(name: str, exact: Tensor, outputs: Tensor, cast: bool = False, first: str = "") -> Run:
     num_bad = outputs.numel() - int(outputs.isfinite().sum())
-    fine = (outputs.isfinite() & exact.isfinite()).flatten(1).all(1)
+    fine = (outputs.isfinite() & exact.isfinite()).reshape(len(outputs), -1).all(1)
     agreement = None
     if _are_logits(exact):
         agreement = float(((exact.argmax(1) == outputs.argmax(1)) & fine).float().mean())

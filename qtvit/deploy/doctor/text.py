@@ -171,21 +171,22 @@ def _int8_summary(report: Report, run: Run | None) -> Iterator[str]:
 
 
 def _verdicts(operations: Sequence[Operation], name: str) -> str:
-    """How many of the operations have which verdict in a format, and the names of some; "" if all are well."""
-    parts = []
+    """How many of the operations have which verdict in a format, and the first of each; "" if all are well."""
+    limit = f"{FP16.max:.0f}" if name == "fp16" else "overflow"
     words = {
-        "not finite": "give infinite numbers or NaN",
-        "overflow": "overflow",
-        "sum": f"overflow where sums are accumulated in {name}",
-        "underflow": "lose numbers to 0",
-        "imprecise": f"are imprecise (below {MIN_SNR:.0f} dB)",
-        "close": f"come close to {FP16.max:.0f}" if name == "fp16" else "come close to overflow",
+        "not finite": ("gives infinite numbers or NaN", "give infinite numbers or NaN"),
+        "overflow": ("overflows", "overflow"),
+        "sum": (f"overflows where sums are added up in {name}", f"overflow where sums are added up in {name}"),
+        "underflow": ("loses numbers to 0", "lose numbers to 0"),
+        "imprecise": (f"is imprecise (below {MIN_SNR:.0f} dB)", f"are imprecise (below {MIN_SNR:.0f} dB)"),
+        "close": (f"comes close to {limit}", f"come close to {limit}"),
     }
-    for verdict, word in words.items():
+    parts = []
+    for verdict, (one, several) in words.items():
         found = [op for op in operations if op.verdict(name) == verdict]
         if found:
             first = f"{found[0].site.module}: {found[0].name}".removeprefix(": ")
-            parts.append(f"{len(found)} {word} ({'the first: ' * (len(found) > 1)}{first})")
+            parts.append(f"1 {one} ({first})" if len(found) == 1 else f"{len(found)} {several} (the first: {first})")
     return ", ".join(parts)
 
 
