@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -471,3 +472,10 @@ def test_what_callers_get_wrong(model: Any, options: dict[str, Any], message: st
         examine(model, photos, **options)
     with pytest.raises(ValueError, match="no images given"):
         examine("nano-cifar10", [])
+
+
+def test_the_example_of_the_page_runs(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page = Path(__file__).parents[2] / "docs" / "doctor.md"
+    (block,) = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+    exec(compile(block.replace('"photos", num_images=16', f"{str(photos)!r}, num_images=1"), str(page), "exec"), {})
+    assert capsys.readouterr().out.startswith("True ")

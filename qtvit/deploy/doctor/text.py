@@ -12,6 +12,8 @@ WIDTHS = (10, 6, 6, 10, 6)
 """Of the columns that say what becomes of a layer."""
 MAX_LINES = 4
 """Lines below a layer, unless all are asked for."""
+INT8_SEVERITY = SEVERITY["underflow"] + 0.5
+"""Where operations that lose precision in int8 come among the others."""
 
 
 def lines(report: Report, show_all: bool = False) -> Iterator[str]:
@@ -89,7 +91,7 @@ def _problems(row: Sequence[Operation]) -> Iterator[str]:
                 found.setdefault((name, verdict, op.name, name in op.kept), []).append(op)
         if op.is_sensitive:
             found.setdefault(("int8", "", op.name, False), []).append(op)
-    ranked = sorted(found.items(), key=lambda item: (-SEVERITY.get(item[0][1], 3), item[0][3]))
+    ranked = sorted(found.items(), key=lambda item: (-SEVERITY.get(item[0][1], INT8_SEVERITY), item[0][3]))
     for (name, verdict, what, is_kept), ops in ranked:
         times = f" ×{len(ops)}" * (len(ops) > 1)
         if name == "int8":
