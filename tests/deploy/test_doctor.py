@@ -120,7 +120,7 @@ def test_a_divisor_that_becomes_0() -> None:
     assert ops["div.0"].reason("fp16") == "infinite or NaN in fp16, where an input becomes 0"
     assert ops["div.0"].verdict("bf16") == "ok"
     assert runs["fp16", False].num_bad == 2
-    assert runs["fp16", False].first.endswith("(x * 1e-6) / (x * 1e-9)")
+    assert runs["fp16", False].first.count("(x * 1e-6) / (x * 1e-9)") == 1
 
 
 def test_partial_sums() -> None:
@@ -138,6 +138,8 @@ def test_partial_sums() -> None:
     nn.init.constant_(conv.weight, 0.5)
     op = only(conv, x.view(1, 4, 1, 1))
     assert (op.numbers.partial, op.numbers.terms, op.verdict("fp16")) == (119968, 4, "sum")
+    length = only(Steps(lambda x: torch.linalg.vector_norm(x, dim=1)), torch.tensor([[200.0, 100, -200, 0]]))
+    assert (length.numbers.partial, length.numbers.terms, length.verdict("fp16")) == (9e4, 4, "sum")
     norm = only(nn.LayerNorm(4), torch.tensor([[200.0, 100, -200, 0]]))
     assert (norm.numbers.partial, norm.verdict("fp16")) == (9e4, "sum")
 
@@ -162,7 +164,11 @@ def test_signal_to_noise_ratio_is_that_of_rounding() -> None:
 
 
 def test_what_the_model_keeps_in_fp32() -> None:
-    model = Steps(lambda x: x.float().square(), lambda x: x.sum(1, keepdim=True).sqrt(), lambda x: x.half())
+    model = Steps(
+        lambda x: x.float().square(),
+        lambda x: x.sum(1, keepdim=True).sqrt(),
+        lambda x: x.half(),
+    )
     ops, runs = examined(nn.Sequential(nn.Identity(), model), torch.full((2, 4), 300.0))
     assert {name: op.kept for name, op in ops.items()} == {
         name: {"fp16", "bf16"} for name in ("1.pow.0", "1.sum.0", "1.sqrt.0")
@@ -170,15 +176,28 @@ def test_what_the_model_keeps_in_fp32() -> None:
     assert ops["1.pow.0"].verdict("fp16") == "overflow"
     assert runs["fp16", False].num_bad == 0
     assert runs["fp16", True].num_bad == 2
-    assert runs["fp16", True].first.startswith("1: x.float().square()")
+    assert runs["fp16", True].first.startswith("1: ")
+    assert "x.float().square()" in runs["fp16", True].first  # before Python 3.11 the whole line
+
+
+def test_constants_that_fp16_cannot_hold() -> None:
+    """They are infinite if all is cast, as the numbers are."""
+    model = Steps(lambda x: x.float().clamp(-1e9, 1e9), lambda x: 2.0 ** (x / 10), lambda x: x.half())
+    _, runs = examined(model, torch.tensor([[1.0, -2.0]]))
+    assert all((run.error, run.num_bad) == ("", 0) for run in runs.values())
+    model = Steps(lambda x: x.float() / 1e9 * 1e9, lambda x: x.half())
+    _, runs = examined(model, torch.tensor([[1.0, -2.0]]))
+    assert [runs["fp16", cast].num_bad for cast in (False, True)] == [0, 2]
 
 
 def test_numbers_that_are_not_finite_in_fp32() -> None:
-    ops, runs = examined(Steps(lambda x: x.log(), torch.neg), torch.tensor([[1.0, -1.0], [0.0, 2.0]]))
+    model = Steps(lambda x: x.log(), torch.neg)
+    ops, runs = examined(model, torch.tensor([[1.0, -1.0], [0.0, 2.0]]))
     assert ops["log.0"].numbers.non_finite == 2
     assert (ops["log.0"].numbers.low, ops["log.0"].numbers.high) == (0, pytest.approx(math.log(2)))
     assert ops["log.0"].verdict("fp16") == "not finite"
-    assert (runs["fp32", False].num_bad, runs["fp32", False].first) == (2, "x.log()")
+    assert runs["fp32", False].num_bad == 2
+    assert "x.log()" in runs["fp32", False].first
 
 
 def test_int8_of_activations_and_weights() -> None:
@@ -310,7 +329,6 @@ def test_token_sums_that_fp16_cannot_hold(photos: Path) -> None:
     assert (runs["fp16", False].num_bad, runs["fp16", False].agreement) == (0, 1)
     assert runs["fp16", True].num_bad > 0
     assert runs["fp16", True].first.startswith("stages.1.1.attn: ")
-    assert "values @ f_k.mT" in runs["fp16", True].first
     attention = report.layers()["stages.1.1.attn"]
     sums = next(op for op in attention if op.site.op == "bmm" and op.numbers.terms == 32 * 24)
     assert "values @ f_k.mT" in sums.name

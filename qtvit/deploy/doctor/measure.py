@@ -18,9 +18,7 @@ FP16_TO_ZERO = FP16.smallest_normal * FP16.eps / 2
 """The largest magnitude that fp16 makes 0 of: half of its smallest number."""
 FORMATS = {"fp16": torch.float16, "bf16": torch.bfloat16}
 RELEASED = "released"
-"""Name of an operation that the authors' code has in place of ours: it divides tokens by their length, ours by their
-largest entry.
-"""
+"""Name of an operation that the authors' code has and ours does without: tokens are divided by their length first."""
 
 
 @dataclass
@@ -211,6 +209,13 @@ def _of_squares(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tup
     return math.prod(args[1]), _largest(args[0].square().sum(dims))
 
 
+def _of_norm(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, float]:
+    """Σx² of a Euclidean norm."""
+    norms = func(*args, **kwargs)
+    is_euclidean = len(args) < 2 or args[1] == 2
+    return args[0].numel() // max(norms.numel(), 1), _largest(norms) ** 2 if is_euclidean else 0.0
+
+
 def _square_sum(tokens: Tensor) -> Tensor:
     """‖x‖² over D of (B, heads, D, N) tokens."""
     return tokens.square().sum(-2)
@@ -223,6 +228,7 @@ def _largest(values: Tensor) -> float:
 SUMS: dict[str, Bound] = {
     **dict.fromkeys(("convolution", "mm", "bmm", "addmm", "baddbmm"), _of_products),
     **dict.fromkeys(("sum", "mean", "_adaptive_avg_pool2d"), _of_numbers),
+    "linalg_vector_norm": _of_norm,
     "native_layer_norm": _of_squares,
 }
 """The operations that add up many terms: (func, args, kwargs) -> how many, and the largest sum of their magnitudes."""

@@ -4,11 +4,13 @@ import copy
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._pytree import tree_map
 
 from qtvit import console
 
@@ -37,6 +39,9 @@ class Cast(Tracer):
         self.first = ""
 
     def visit(self, site: Site, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self.everything:
+            dtype = next(arg.dtype for arg in args if is_float(arg))
+            args, kwargs = tree_map(partial(_cast_constant, dtype=dtype), (args, kwargs))
         output = func(*args, **kwargs)
         self.dtypes[site] = first_output(output).dtype
         return self._check(site, output)
@@ -195,6 +200,13 @@ def _first_bad(ranges: Ranges) -> str:
     """The first operation whose numbers are not finite in fp32."""
     bad = ((site, numbers) for site, numbers in ranges.numbers.items() if numbers.non_finite and site.op != RELEASED)
     return next((_place(site, numbers.source) for site, numbers in bad), "")
+
+
+def _cast_constant(value: Any, dtype: torch.dtype) -> Any:
+    """A number in the code, infinite if it is too large for ``dtype``."""
+    if isinstance(value, float) and dtype in FORMATS.values() and abs(value) > torch.finfo(dtype).max:
+        return math.copysign(math.inf, value)
+    return value
 
 
 def _place(site: Site, source: str) -> str:
