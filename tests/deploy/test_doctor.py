@@ -416,6 +416,17 @@ def test_images_are_from_all_over_the_folder(tmp_path: Path) -> None:
     assert (report.num_images, examine(model, tmp_path, img_size=(4, 4)).num_images) == (2, 6)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu(photos: Path) -> None:
+    there, here = (examine("nano-cifar10", photos, img_size=(16, 16), device=device) for device in ("cuda", "cpu"))
+    assert there.is_finite
+    assert [op.site for op in there.operations] == [op.site for op in here.operations]
+    for one, other in zip(there.operations, here.operations, strict=True):
+        assert one.kept == other.kept
+        assert one.numbers.largest == pytest.approx(other.numbers.largest, rel=1e-3)
+
+
 def test_the_embedded_digits_and_packed_folders(photos: Path, tmp_path: Path) -> None:
     from qtvit.data import pack_folder
 
