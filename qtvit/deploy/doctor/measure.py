@@ -229,6 +229,6 @@ SUMS: dict[str, Bound] = {
     **dict.fromkeys(("convolution", "mm", "bmm", "addmm", "baddbmm"), _of_products),
     **dict.fromkeys(("sum", "mean", "_adaptive_avg_pool2d"), _of_numbers),
     "linalg_vector_norm": _of_norm,
-    "native_layer_norm": _of_squares,
+    "layer_norm": _of_squares,
 }
 """The operations that add up many terms: (func, args, kwargs) -> how many, and the largest sum of their magnitudes."""

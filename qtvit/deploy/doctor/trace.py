@@ -30,7 +30,7 @@ class Site(NamedTuple):
 
     Attributes:
         module: path of the module in whose ``forward`` it is; "" for the model itself.
-        op: its name in PyTorch's core library (ATen).
+        op: its name in PyTorch's core library (ATen), the same on all devices.
         number: of the operations of that name in that module, in order.
     """
 
@@ -100,7 +100,7 @@ class Tracer(TorchDispatchMode):
         module, op = self._path[-1] if self._path else "", func.overloadpacket.__name__
         if not _computes(func, args):
             return self.carry_out(Site(module, op, 0), func, args, kwargs)
-        op = op.rstrip("_")  # in place or not
+        op = re.sub("^(native|cudnn|miopen)_|_$", "", op)  # whoever computes it, in place or not
         number = self._count[module, op]
         self._count[module, op] += 1
         return self.visit(Site(module, op, number), func, args, kwargs)
