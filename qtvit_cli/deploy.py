@@ -1,4 +1,4 @@
-"""Bringing models to other runtimes: ``qtvit doctor``."""
+"""Bringing models to other runtimes: ``qtvit export`` and ``doctor``."""
 
 import argparse
 from pathlib import Path
@@ -8,7 +8,48 @@ from .common import RUN, Commands, make_parent, new_file, positive, write_json
 
 def add_deploy(commands: Commands) -> None:
     """Add the commands that deploy a model."""
+    _add_export(commands)
     _add_doctor(commands)
+
+
+def _add_export(commands: Commands) -> None:
+    exporting = commands.add_parser(
+        "export",
+        help="write a trained model for ONNX Runtime, OpenVINO or torch.export, and check it there",
+        description="Writes a model as a file that other runtimes read, with its preprocessing and class names in it. "
+        "The file is run in its own runtime next to the model, at several image and batch sizes, and kept only if "
+        "they agree. `qtvit predict`, `qtvit eval` and qtvit.load take it like a run.",
+        epilog="Precisions: onnx has fp32, fp16, int8; openvino fp32, bf16, fp16, int8; torch fp32, bf16, fp16.",
+    )
+    exporting.add_argument("run", help=f"{RUN}; or the name of a model, which then has random weights, for timing")
+    exporting.add_argument("--format", default="onnx", help="onnx, openvino or torch (default: onnx)")
+    exporting.add_argument("--precision", default="fp32", help="fp32, fp16, bf16 or int8 (default: fp32)")
+    exporting.add_argument(
+        "--img-size",
+        nargs="+",
+        metavar=("H", "W"),
+        help="side, HEIGHTxWIDTH or HEIGHT WIDTH of the images (default: the model's own)",
+    )
+    exporting.add_argument(
+        "--dynamic",
+        default="batch",
+        metavar="AXES",
+        help="what is left open: batch, hw (height and width), batch,hw, or none (default: batch)",
+    )
+    exporting.add_argument(
+        "--calibration", metavar="FOLDER", help="typical images; int8 measures its ranges on them, all check the file"
+    )
+    exporting.add_argument(
+        "--data", metavar="FOLDER", help="labelled images, as for eval, to check the file and its accuracy on"
+    )
+    exporting.add_argument(
+        "--max-drop", type=float, default=1.0, metavar="POINTS", help="of top-1 on --data that may be lost (default: 1)"
+    )
+    exporting.add_argument(
+        "--out", type=new_file, metavar="PATH", help="file to write (default: RUN/model.onnx, model-int8.onnx, …)"
+    )
+    exporting.add_argument("--force", action="store_true", help="replace the file if it exists")
+    exporting.set_defaults(command=export)
 
 
 def _add_doctor(commands: Commands) -> None:
@@ -31,6 +72,30 @@ def _add_doctor(commands: Commands) -> None:
     examination.add_argument("--json", type=new_file, metavar="FILE", help="also write all that was measured to FILE")
     examination.add_argument("--plot", type=_png, metavar="FILE", help="also draw the ranges of all layers: a .png")
     examination.set_defaults(command=doctor)
+
+
+def export(args: argparse.Namespace) -> None:
+    """``qtvit export``."""
+    from qtvit import console
+    from qtvit.data.transforms import parse_size
+    from qtvit.deploy.export import export_model
+
+    done = export_model(
+        args.run,
+        format=args.format,
+        precision=args.precision,
+        img_size=parse_size("x".join(args.img_size)) if args.img_size else None,
+        dynamic=[] if args.dynamic == "none" else [name.strip() for name in args.dynamic.split(",")],
+        calibration=args.calibration,
+        data=args.data,
+        max_drop=args.max_drop,
+        out=args.out,
+        force=args.force,
+    )
+    console.say(f"checked next to the model on {done.images}:")
+    for line in done.report.lines():
+        console.result(line)
+    print(f"written: {', '.join(f'{path} ({path.stat().st_size / 1e6:.1f} MB)' for path in done.files)}")
 
 
 def doctor(args: argparse.Namespace) -> int:

@@ -90,9 +90,9 @@ def evaluate(args: argparse.Namespace) -> None:
     from qtvit import console
     from qtvit.data import DIGITS, drop_broken
     from qtvit.deploy import Predictor
+    from qtvit.deploy.held_out import held_out_samples
     from qtvit.errors import some
     from qtvit.training.evaluate import evaluate as run_evaluation
-    from qtvit.training.evaluate import held_out_samples
     from qtvit.training.report import class_table, headline, scores, write_report
     from qtvit.training.run import clean_up, create_run_folder, default_workers, set_threads
 

@@ -35,7 +35,7 @@ from qtvit.data import shards as shards_module
 from qtvit.data.classification import held_out_part
 from qtvit.data.images import relative_path, source_name
 from qtvit.data.shards import INDEX, PackedSplit, read_index
-from qtvit.training.evaluate import held_out_samples
+from qtvit.deploy.held_out import held_out_samples
 from qtvit_cli import main
 
 NAMES = ("0.png", "a.b.JPG", "sub/ü 2.jpeg", "10.webp", "9.png", "x.PNG")

@@ -1,0 +1,215 @@
+"""Whether an exported file computes what the network does that it was made of.
+
+Shapes: B batch, H x W image.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qtvit.console import progress
+from qtvit.data import ImageSource, Preprocess, open_image
+
+from .artifact import Artifact
+from .runtimes import Runtime
+
+FP32_TOLERANCE = 1e-4
+"""Largest difference of a logit that an fp32 file may have, relative to the largest logit of the network."""
+MIN_AGREEMENT = {"fp32": 1.0, "bf16": 0.99, "fp16": 0.99, "int8": 0.95}
+"""Part of the images that have to get the same class as from the network, by precision; ties do not count."""
+TIE = 0.02
+"""An image is a tie if the network's two best logits are closer than this part of its largest logit."""
+MAX_DROP = 1.0
+"""Points of accuracy that a file may lose on labelled images."""
+LARGE_BATCH, SMALL_BATCH = 8, 3
+"""Sizes of batches to try where any is allowed, besides 1."""
+FEW = 8
+"""Images for each further size and batch that is tried."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """The file next to the network on images of one size, in batches of one size.
+
+    Attributes:
+        img_size: (H, W).
+        batch_size: of all batches but the last.
+        num_images: in all.
+        max_diff, mean_diff: absolute difference of the logits; infinite if the file's are not finite.
+        scale: the network's largest logit, absolutely.
+        num_clear: images that are not ties.
+        num_agreeing: those of them that get the same class.
+    """
+
+    img_size: tuple[int, int]
+    batch_size: int
+    num_images: int
+    max_diff: float
+    mean_diff: float
+    scale: float
+    num_clear: int
+    num_agreeing: int
+
+    @classmethod
+    def compare(cls, img_size: tuple[int, int], batch_size: int, expected: Tensor, found: Tensor) -> "Case":
+        """From the logits of the network and the file, each (B, num_classes)."""
+        diff = (found - expected).abs().nan_to_num(torch.inf, torch.inf)
+        best = expected.topk(min(2, expected.shape[-1])).values
+        scale = float(expected.abs().max())
+        clear = best[:, 0] - best[:, -1] > TIE * scale
+        agreeing = clear & (expected.argmax(-1) == found.argmax(-1))
+        return cls(
+            img_size,
+            batch_size,
+            len(expected),
+            float(diff.max()),
+            float(diff.mean()),
+            scale,
+            int(clear.sum()),
+            int(agreeing.sum()),
+        )
+
+    @property
+    def agreement(self) -> float:
+        """The part of the images with a clear class that get the same one; 1 if there are no such images."""
+        return self.num_agreeing / self.num_clear if self.num_clear else 1.0
+
+    def problem(self, precision: str) -> str | None:
+        """What is wrong with it, if anything is."""
+        where = f"at {_size(self.img_size)} in batches of {self.batch_size}"
+        if not self.max_diff < torch.inf:
+            return f"its logits are not finite {where}"
+        if precision == "fp32" and self.max_diff > FP32_TOLERANCE * self.scale:
+            return (
+                f"its logits differ by {self.max_diff:.2g} {where}, with a largest logit of {self.scale:.2g}; "
+                f"allowed is {FP32_TOLERANCE:g} of that"
+            )
+        if self.agreement < MIN_AGREEMENT[precision]:
+            return (
+                f"it gives the class of the network for {self.num_agreeing} of {self.num_clear} images {where}; "
+                f"{precision} has to for {MIN_AGREEMENT[precision]:.0%}"
+            )
+        return None
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `check` found.
+
+    Attributes:
+        precision: of the file.
+        cases: the first with all images at the file's own size.
+        accuracy: top-1 in percent of the network and of the file, on labelled images.
+        max_drop: by how many points the latter may be lower.
+    """
+
+    precision: str
+    cases: list[Case]
+    accuracy: tuple[float, float] | None = None
+    max_drop: float = MAX_DROP
+
+    def problem(self) -> str | None:
+        """The first thing that is wrong with the file, if anything is."""
+        problems = (case.problem(self.precision) for case in self.cases)
+        if problem := next(filter(None, problems), None):
+            return problem
+        if self.accuracy and self.accuracy[0] - self.accuracy[1] > self.max_drop + 1e-9:
+            network, found = self.accuracy
+            return (
+                f"its top-1 is {found:.2f} %, {network - found:.2f} points below the network's; "
+                f"allowed are {self.max_drop:g}"
+            )
+        return None
+
+    def lines(self) -> list[str]:
+        """A table of the cases, and the accuracies."""
+        lines = [f"{'size':<10}{'batch':>6}{'images':>8}{'max diff':>11}{'mean diff':>11}  same top-1"]
+        for case in self.cases:
+            ties = case.num_images - case.num_clear
+            lines.append(
+                f"{_size(case.img_size):<10}{case.batch_size:>6}{case.num_images:>8}{case.max_diff:>11.2g}"
+                f"{case.mean_diff:>11.2g}  {case.agreement:>6.1%}{f' ({ties} ties)' if ties else ''}"
+            )
+        lines.append(f"the network's largest logit is {self.cases[0].scale:.3g}")
+        if self.accuracy:
+            lines.append(f"top-1: {self.accuracy[1]:.2f} %, of the network {self.accuracy[0]:.2f} %")
+        return lines
+
+
+def check(
+    network: Runtime,
+    exported: Runtime,
+    artifact: Artifact,
+    images: Sequence[ImageSource],
+    labels: Sequence[int] | None = None,
+    max_drop: float = MAX_DROP,
+) -> Report:
+    """Run both on ``images``: all at the file's size, a few at each other size and batch size that it allows.
+
+    Args:
+        network: what the file was made of, in fp32.
+        exported: the file, in the runtime it is for.
+        artifact: the file's description.
+        images: to compare on.
+        labels: their classes, to compare accuracies too.
+        max_drop: see `Report`.
+    """
+    cases = []
+    accuracy = None
+    for img_size, batch_size, num_images in _plan(artifact, len(images)):
+        preprocess = dataclasses.replace(Preprocess(**artifact.info.preprocess), size=img_size)
+        expected, found = [], []
+        for batch in _batches(images[:num_images], preprocess, batch_size):
+            expected.append(network(batch).cpu())
+            found.append(exported(batch).cpu())
+        cases.append(Case.compare(img_size, batch_size, torch.cat(expected), torch.cat(found)))
+        if labels is not None and accuracy is None:
+            right = [torch.cat(logits).argmax(-1) == torch.tensor(labels) for logits in (expected, found)]
+            accuracy = 100 * float(right[0].float().mean()), 100 * float(right[1].float().mean())
+    return Report(artifact.precision, cases, accuracy, max_drop)
+
+
+def synthetic_images(num_images: int, img_size: tuple[int, int], seed: int = 0) -> list[ImageSource]:
+    """Pictures with the statistics of photographs, whose amplitudes fall off with frequency: coloured 1/f noise.
+
+    For networks without images at hand: unlike white noise, they excite all layers as photographs do.
+    """
+    height, width = img_size
+    generator = torch.Generator().manual_seed(seed)
+    frequency = torch.hypot(torch.fft.fftfreq(height)[:, None], torch.fft.rfftfreq(width)[None])
+    frequency[0, 0] = torch.inf  # no constant part
+    images: list[ImageSource] = []
+    for _ in range(num_images):
+        white = torch.fft.rfft2(torch.randn(4, height, width, generator=generator))
+        noise = torch.fft.irfft2(white / frequency, s=(height, width))
+        noise = noise[:3] / noise.std() + noise[3] / noise.std()  # colours have most of their structure in common
+        level = 0.5 + 0.2 * torch.randn(1, generator=generator)
+        images.append((level + 0.15 * noise).clamp(0, 1))
+    return images
+
+
+def _plan(artifact: Artifact, num_images: int) -> Iterator[tuple[tuple[int, int], int, int]]:
+    """Image size, batch size and number of images of each case."""
+    height, width = artifact.img_size
+    any_batch = "batch" in artifact.dynamic
+    yield (height, width), LARGE_BATCH if any_batch else 1, num_images
+    few = min(FEW, num_images)
+    if any_batch:
+        yield (height, width), 1, few
+        yield (height, width), SMALL_BATCH, few
+    if "hw" in artifact.dynamic:
+        for size in ((height * 3 // 2, width * 3 // 2), (height * 5 // 4 + 1, width * 2), (height * 2, width * 4 // 3)):
+            yield size, SMALL_BATCH if any_batch else 1, few
+
+
+def _batches(images: Sequence[ImageSource], preprocess: Preprocess, batch_size: int) -> Iterator[Tensor]:
+    transform = preprocess.transform()
+    for start in progress(range(0, len(images), batch_size), desc="Checking", unit="batch"):
+        yield torch.stack([transform(open_image(image)) for image in images[start : start + batch_size]])
+
+
+def _size(img_size: tuple[int, int]) -> str:
+    return "x".join(map(str, img_size))

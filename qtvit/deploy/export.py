@@ -1,0 +1,251 @@
+"""Exporting a trained model, checked before it is kept."""
+
+import dataclasses
+import importlib
+import os
+import random
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch import nn
+
+from qtvit.checkpoints import BEST, ModelInfo, find_model_file, load_model
+from qtvit.console import say
+from qtvit.data import ImageSource, Preprocess, find_images, open_image
+from qtvit.data.classification import data_folder
+from qtvit.errors import unknown_name
+from qtvit.files import open_folder
+from qtvit.models import build_model
+from qtvit.models.build import check_img_size
+
+from .artifact import FORMATS, PRECISIONS, Artifact
+from .check import MAX_DROP, Report, check, synthetic_images
+from .formats import REQUIRED, write
+from .held_out import held_out_samples
+from .predictor import Predictor
+from .runtimes import open_exported
+
+
+def fuse(model: nn.Module, img_size: tuple[int, int] | None = None) -> nn.Module:
+    """TEMPORARY"""
+    import copy
+
+    return copy.deepcopy(model).eval()
+
+
+RANDOM = "random weights, for timing"
+"""The source of a model without trained weights."""
+NUM_SYNTHETIC = 32
+"""Images made for the check when there are no others."""
+NUM_IMAGES = 300
+"""Images that are chosen of the calibration folder, and of labelled data, if there are more."""
+
+
+@dataclass(frozen=True)
+class Export:
+    """What was written.
+
+    Attributes:
+        files: the file to load, and for OpenVINO the .bin beside it.
+        artifact: its description.
+        report: what the check found.
+        images: in words, what it was checked on.
+    """
+
+    files: list[Path]
+    artifact: Artifact
+    report: Report
+    images: str
+
+
+def export_model(
+    source: str | Path,
+    *,
+    format: str = "onnx",
+    precision: str = "fp32",
+    img_size: tuple[int, int] | None = None,
+    dynamic: Sequence[str] = ("batch",),
+    calibration: str | Path | None = None,
+    data: str | None = None,
+    max_drop: float = MAX_DROP,
+    out: str | Path | None = None,
+    force: bool = False,
+) -> Export:
+    """Export a model, run the file in its own runtime next to the model, and keep it if they agree.
+
+    Args:
+        source: run folder, model file, … as for `qtvit.checkpoints.load_model`; or a model's name, which is then built
+            with random weights.
+        format: a name in `FORMATS`.
+        precision: one in `PRECISIONS` of the format.
+        img_size: (H, W) of the images; None: that of the model's preprocessing.
+        dynamic: which of "batch" and "hw" are left open; otherwise batches are of 1 and images of ``img_size``.
+        calibration: folder of images to find the ranges of int8 on, and to check the file on.
+        data: folder of labelled images, or "digits", as for ``qtvit eval``; checks the accuracy too.
+        max_drop: points of accuracy that may be lost on ``data``.
+        out: file to write; None: "model" beside the run, or in this folder for a model from elsewhere.
+        force: replace ``out`` if it is there.
+
+    Raises:
+        FileNotFoundError, FileExistsError, OSError: the source, images, or a file in the way.
+        ModuleNotFoundError: a package of the extra ``deploy`` is not installed.
+        ValueError: settings that do not go together, a model that cannot be exported, or a file that failed the check;
+            then there is no file.
+    """
+    dynamic = _check_settings(format, precision, dynamic, calibration)
+    out = _check_out(Path(out) if out else default_path(source, format, precision), format, force)
+    for package in REQUIRED[format] + (("nncf",) if (format, precision) == ("openvino", "int8") else ()):
+        importlib.import_module(package)
+    network, info = _load(source)
+    size = img_size or tuple(info.preprocess["size"])
+    check_img_size(network, size, "--img-size")
+    info = dataclasses.replace(info, preprocess={**info.preprocess, "size": list(size)})
+    predictor = Predictor(network, info, "cpu")
+    artifact = Artifact(info, format, precision, dynamic)
+    calibration_images = None if calibration is None else _calibration_images(calibration)
+    images, labels, which = _check_images(artifact, data, calibration_images)
+
+    fused = fuse(network, None if "hw" in dynamic else artifact.img_size)
+    with tempfile.TemporaryDirectory(prefix=".export-", dir=out.parent) as folder:
+        file = Path(folder, out.name)
+        if precision == "int8":
+            from .quantize import write_int8
+
+            assert calibration_images is not None
+            write_int8(fused, artifact, file, calibration_images, (images, labels) if labels else None, max_drop)
+        else:
+            write(fused, artifact, file)
+        exported = open_exported(file, "cpu")
+        report = check(predictor.runtime, exported, artifact, images, labels, max_drop)
+        exported.close()
+        if problem := report.problem():
+            raise ValueError(
+                f"not exported: the {precision} file for {_runtime_name(format)} failed its check: {problem}"
+            )
+        written = sorted(Path(folder).iterdir(), key=lambda path: path.suffix == out.suffix)  # the one to load last
+        for path in written:
+            os.replace(path, out.with_name(path.name))
+    return Export([out.with_name(path.name) for path in reversed(written)], artifact, report, which)
+
+
+def default_path(source: str | Path, format: str, precision: str) -> Path:
+    """Where `export_model` writes to: RUN/model.onnx, model-int8.onnx beside model.safetensors, ./NAME.onnx."""
+    suffix = ("" if precision == "fp32" else f"-{precision}") + FORMATS[format]
+    path = Path(source)
+    if path.is_dir():
+        return path / f"model{suffix}"
+    if path.is_file():
+        return path.with_name(f"{'model' if path.name == BEST else path.stem}{suffix}")
+    return Path(f"{str(source).rpartition('/')[-1]}{suffix}")
+
+
+def _check_settings(
+    format: str, precision: str, dynamic: Sequence[str], calibration: str | Path | None
+) -> tuple[str, ...]:
+    """The dynamic axes in order; ValueError if the settings do not go together."""
+    if format not in FORMATS:
+        raise unknown_name("format", format, FORMATS)
+    known = ("fp32", "bf16", "fp16", "int8")
+    if precision not in known:
+        raise unknown_name("precision", precision, known)
+    if precision not in PRECISIONS[format]:
+        others = " and ".join(name for name, precisions in PRECISIONS.items() if precision in precisions)
+        why = {
+            ("onnx", "bf16"): "ONNX Runtime has no bf16 convolutions for the CPU",
+            ("torch", "int8"): "PyTorch's own int8 is not written here",
+        }[format, precision]
+        raise ValueError(f"--format {format} has no --precision {precision}: {why}; --format {others} has")
+    for name in dynamic:
+        if name not in ("batch", "hw"):
+            raise unknown_name("dynamic axis", name, ("batch", "hw"))
+    if precision == "int8" and "hw" in dynamic:
+        raise ValueError(
+            "--precision int8 with --dynamic hw: the ranges of int8 are measured at one image size and do not hold at "
+            "others; export one file for each --img-size, or --precision fp16"
+        )
+    if precision == "int8" and calibration is None:
+        raise ValueError("--precision int8 needs --calibration, a folder of typical images to measure ranges on")
+    return tuple(name for name in ("batch", "hw") if name in dynamic)
+
+
+def _check_out(out: Path, format: str, force: bool) -> Path:
+    """``out``, if a file of this format can be written there."""
+    if out.suffix != FORMATS[format]:
+        raise ValueError(f"{out}: a file of --format {format} has to end in {FORMATS[format]}")
+    for path in (out, *([out.with_suffix(".bin")] if format == "openvino" else [])):
+        if path.is_dir():
+            raise ValueError(f"{path}: is a folder")
+        if path.exists() and not force:
+            raise FileExistsError(f"{path} exists already; name another --out, or replace it with --force")
+    open_folder(out.parent)
+    return out
+
+
+def _load(source: str | Path) -> tuple[nn.Module, ModelInfo]:
+    """The model, with random weights if ``source`` is no more than a model's name."""
+    try:
+        find_model_file(source)
+    except FileNotFoundError:
+        if Path(source).exists() or not timm.is_model(str(source)):
+            raise
+        say(f"{source}: {RANDOM}; its predictions mean nothing")
+        return _random_model(str(source))
+    return load_model(source)
+
+
+@torch.no_grad()
+def _random_model(name: str) -> tuple[nn.Module, ModelInfo]:
+    """A model that was never trained, whose activations have the size of a trained one's.
+
+    As it is built, the residual branches are silent and signals fade to numbers so small that they slow CPUs down; so
+    its BatchNorms get weights of 1 and the statistics of a few images.
+    """
+    torch.manual_seed(0)
+    model: Any = build_model(name)
+    info = dataclasses.replace(ModelInfo.of_weights(name, {"num_classes": model.num_classes}), source=RANDOM)
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.momentum = None  # an average of all batches
+            if module.affine:
+                nn.init.ones_(module.weight)
+    transform = Preprocess(**info.preprocess).transform()
+    pixels = [transform(open_image(image)) for image in synthetic_images(8, info.preprocess["size"], seed=1)]
+    model.train()(torch.stack(pixels))
+    return model.eval(), info
+
+
+def _calibration_images(folder: str | Path) -> list[ImageSource]:
+    """`NUM_IMAGES` of the images below ``folder``, always the same."""
+    found = find_images(data_folder(str(folder)))
+    if not found:
+        raise ValueError(f"--calibration {folder}: no images in this folder")
+    return [found[i] for i in _chosen(len(found))]
+
+
+def _check_images(
+    artifact: Artifact, data: str | None, calibration: list[ImageSource] | None
+) -> tuple[list[ImageSource], list[int] | None, str]:
+    """Images to check the file on, their labels if they have such, and in words what they are."""
+    if data is not None:
+        samples, which = held_out_samples(data, artifact.info)
+        chosen = [samples[i] for i in _chosen(len(samples))]
+        part = f"{len(chosen)} of " if len(chosen) < len(samples) else ""
+        return [image for image, _ in chosen], [label for _, label in chosen], f"{part}{which}"
+    if calibration is not None:
+        return calibration, None, f"{len(calibration)} calibration images"
+    images = synthetic_images(NUM_SYNTHETIC, artifact.img_size)
+    return images, None, f"{len(images)} synthetic images (--data or --calibration gives real ones)"
+
+
+def _chosen(num_images: int) -> list[int]:
+    """Positions of `NUM_IMAGES` of so many images, in order."""
+    return sorted(random.Random(0).sample(range(num_images), min(NUM_IMAGES, num_images)))
+
+
+def _runtime_name(format: str) -> str:
+    return {"onnx": "ONNX Runtime", "openvino": "OpenVINO", "torch": "PyTorch"}[format]

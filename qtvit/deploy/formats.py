@@ -1,0 +1,187 @@
+"""Writing a network as a graph that other runtimes read: ONNX, OpenVINO, ``torch.export``.
+
+The types of a graph say what is computed in which precision, and every runtime is told to keep to them. So a network in
+half precision keeps the norms, token sums and divisions of its attention in fp32 wherever it runs.
+"""
+
+import ast
+import copy
+import logging
+import re
+import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+
+from .artifact import INPUT, METADATA_KEY, OUTPUT, Artifact
+
+OPSET = 20
+"""Of ONNX: the first with GELU as one operator; ONNX Runtime has read it since 1.17."""
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""What a network is cast to for a precision."""
+
+REQUIRED = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "openvino": ("onnx", "onnxscript", "openvino"), "torch": ()}
+"""Packages that writing and running a format takes, all in the extra ``deploy``."""
+
+
+class Graph(nn.Module):
+    """The network with fp32 in and out, whatever its own precision: (B, 3, H, W) pixels to (B, num_classes) logits."""
+
+    def __init__(self, network: nn.Module, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.network = copy.deepcopy(network).to(dtype).eval()
+        self.dtype = dtype
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.network(images.to(self.dtype)).float()
+
+
+def write(network: nn.Module, artifact: Artifact, path: Path) -> None:
+    """Write ``network``, ready for inference and in fp32, as ``artifact`` says; all but int8.
+
+    Raises:
+        ValueError: the network cannot be written like that.
+    """
+    graph = Graph(network, DTYPES[artifact.precision])
+    if artifact.format == "torch":
+        torch.export.save(_trace(graph, artifact), path, extra_files={METADATA_KEY: artifact.to_json()})
+    elif artifact.format == "onnx":
+        write_onnx(graph, artifact, path)
+    else:
+        save_openvino(openvino_model(graph, artifact), artifact, path)
+
+
+def write_onnx(graph: Graph, artifact: Artifact, path: Path) -> None:
+    """Write one .onnx file, weights and description in it."""
+    program: Any = _onnx_program(graph, artifact)
+    program.model.metadata_props[METADATA_KEY] = artifact.to_json()
+    program.save(path, external_data=False)
+
+
+def openvino_model(graph: Graph, artifact: Artifact) -> Any:
+    """The ``openvino.Model`` of a network.
+
+    It comes by way of ONNX: read from ``torch.export`` itself, dynamic shapes leave copies of whole tensors in the
+    graph. The reader of ONNX does not know bf16, so that is made of fp16.
+    """
+    import openvino
+
+    is_bf16 = graph.dtype == torch.bfloat16
+    graph = Graph(graph.network.float(), torch.float16) if is_bf16 else graph
+    with tempfile.TemporaryDirectory(prefix="qtvit-") as folder:
+        file = Path(folder, "model.onnx")
+        _onnx_program(graph, artifact).save(file, external_data=False)
+        model = openvino.convert_model(file)
+    if is_bf16:
+        _half_to_bfloat16(model)
+    return model
+
+
+def save_openvino(model: Any, artifact: Artifact, path: Path) -> None:
+    """Write an ``openvino.Model`` with its description: ``path`` and the .bin beside it."""
+    import openvino
+
+    model.set_rt_info(artifact.to_json(), [METADATA_KEY, "description"])
+    openvino.save_model(model, path, compress_to_fp16=False)
+
+
+def _trace(graph: Graph, artifact: Artifact) -> ExportedProgram:
+    """The traced graph, without the places in this machine's files that torch notes at every step."""
+    example = torch.zeros(2 if "batch" in artifact.dynamic else 1, 3, *artifact.img_size)
+    dynamic = {0: Dim.DYNAMIC} if "batch" in artifact.dynamic else {}
+    dynamic |= {2: Dim.DYNAMIC, 3: Dim.DYNAMIC} if "hw" in artifact.dynamic else {}
+    with _quiet(), torch.no_grad():
+        try:
+            program = torch.export.export(graph, (example,), dynamic_shapes={INPUT: dynamic or None})
+        except Exception as error:  # torch.export's have no common base class
+            raise _cannot_export(artifact, error) from error
+    for node in program.graph.nodes:
+        node.meta.pop("stack_trace", None)
+    return program
+
+
+def _onnx_program(graph: Graph, artifact: Artifact) -> Any:
+    """The ``torch.onnx.ONNXProgram``, with nodes named after the layers they are of."""
+    program = _trace(graph, artifact)
+    with _quiet():
+        try:
+            onnx_program: Any = torch.onnx.export(
+                program, dynamo=True, opset_version=OPSET, input_names=[INPUT], output_names=[OUTPUT], verbose=False
+            )
+        except torch.onnx.errors.OnnxExporterError as error:
+            raise _cannot_export(artifact, error) from error
+    _name_nodes(onnx_program.model.graph)
+    _name_dims(onnx_program.model.graph)
+    return onnx_program
+
+
+def _name_nodes(graph: Any) -> None:
+    """Put the layer in front of each node's name, as in stages.3.1.attn/node_matmul_2, without the exporter's notes."""
+    for node in graph:
+        scopes = ast.literal_eval(node.metadata_props.get("pkg.torch.onnx.name_scopes", "[]"))
+        layer = scopes[-2].removeprefix("network").removeprefix(".") if len(scopes) > 1 else ""
+        node.name = f"{layer}/{node.name}" if layer else node.name
+        node.metadata_props.clear()
+
+
+def _name_dims(graph: Any) -> None:
+    """Call the input's dynamic dimensions batch, height and width, also in the sizes that follow from them."""
+    import onnx_ir
+
+    names = {}
+    for dim, name in zip(graph.inputs[0].shape, ("batch", "channels", "height", "width"), strict=True):
+        if isinstance(dim, onnx_ir.SymbolicDim):
+            names[str(dim.value)] = name
+    if not names:
+        return
+    symbols = re.compile(rf"\b({'|'.join(names)})\b")
+    values = [*graph.inputs, *(value for node in graph for value in node.outputs)]
+    for value in values:
+        for axis, dim in enumerate(value.shape or ()):
+            if isinstance(dim, onnx_ir.SymbolicDim) and dim.value is not None:
+                value.shape[axis] = symbols.sub(lambda match: names[match[0]], str(dim.value))
+
+
+def _half_to_bfloat16(model: Any) -> None:
+    """Turn what is fp16 in an ``openvino.Model`` into bf16."""
+    import openvino
+
+    for op in model.get_ordered_ops():
+        if op.get_type_name() == "Constant" and op.get_element_type() == openvino.Type.f16:
+            constant = openvino.opset13.constant(op.data.astype("float32"), openvino.Type.bf16)
+            constant.set_friendly_name(op.get_friendly_name())
+            for user in op.output(0).get_target_inputs():
+                user.replace_source_output(constant.output(0))
+        elif op.get_type_name() == "Convert" and op.get_attributes()["destination_type"] == "f16":
+            op.set_attribute("destination_type", "bf16")
+    model.validate_nodes_and_infer_types()
+
+
+def _cannot_export(artifact: Artifact, error: Exception) -> ValueError:
+    size = "x".join(map(str, artifact.img_size))
+    dynamic = f" and dynamic {', '.join(artifact.dynamic)}" if artifact.dynamic else ""
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return ValueError(f"{artifact.info.model} cannot be exported with images of {size}{dynamic}: {reason}")
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the exporters' warnings, which are of their own code and of no use to a user."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
