@@ -6,7 +6,7 @@ per scale.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from qtvit.ops import get_kernel, linear_attention, linear_attention_cf, masked_softmax_attention_cf
 
 from .conv import ConvNormAct
+from .eager import conv_norm_act, grouped_pointwise, is_eager_inference, pointwise
 from .lean import norm_act
 
 
@@ -67,7 +68,7 @@ class MultiScaleAttention(nn.Module):
             nn.Conv2d(3 * chans, 3 * chans, 1, groups=3 * heads, bias=False),
         )
         self.pos_embed = nn.Parameter(torch.zeros(1, self.num_scales * chans, *map_size)) if ape else None
-        self.shortcut_norm = nn.BatchNorm1d(head_dim, eps=norm_eps) if shortcut else None
+        self.shortcut_norm: nn.Module | None = nn.BatchNorm1d(head_dim, eps=norm_eps) if shortcut else None
         self.shortcut_act = nn.GELU()
         self.proj = ConvNormAct(self.num_scales * chans, chans, 1, norm_eps=norm_eps)
 
@@ -78,7 +79,10 @@ class MultiScaleAttention(nn.Module):
             out = out + masked_softmax_attention_cf(q, k, v, self.softmax_residual)
         if self.shortcut_norm is not None:
             out = out + self.shortcut(v)
-        return self.proj(out.flatten(1, 2).unflatten(-1, x.shape[-2:]))
+        out = out.flatten(1, 2).unflatten(-1, x.shape[-2:])
+        if is_eager_inference(x, self.proj, *self.proj):
+            return conv_norm_act(out, *self.proj, channels_last=x.is_contiguous(memory_format=torch.channels_last))
+        return self.proj(out)
 
     def tokens(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(B, C, H, W) -> the q, k, v that attention sees, each (B, S·heads, D, N); N counts row by row."""
@@ -92,15 +96,23 @@ class MultiScaleAttention(nn.Module):
 
         They are views of one tensor, which lies as it is indexed whatever the memory format of x: so none is copied.
         """
-        qkv = self.qkv(x)
-        multi_scale = torch.cat([qkv.flatten(2), self.aggregate(qkv).flatten(2)], 1)
+        depth_conv, point_conv = cast(list[nn.Conv2d], list(self.aggregate))
+        if is_eager_inference(x, self.qkv, self.aggregate, depth_conv, point_conv):
+            qkv = pointwise(x, self.qkv.weight, None, channels_last=False)
+            aggregated = grouped_pointwise(depth_conv(qkv), point_conv.weight, point_conv.groups)
+        else:
+            qkv = self.qkv(x)
+            aggregated = self.aggregate(qkv)
+        multi_scale = torch.cat([qkv.flatten(2), aggregated.flatten(2)], 1)
         q, k, v = multi_scale.unflatten(1, (-1, 3, self.head_dim)).unbind(2)
         return q, k, v
 
     def position(self, size: torch.Size) -> Tensor:
         """The positional map at ``size`` (H, W), as keys: (1, S·heads, D, N). Exactly the parameter at its own size."""
         assert self.pos_embed is not None
-        resized = F.interpolate(self.pos_embed, size=size, mode="bicubic", align_corners=False)
+        resized: Tensor = self.pos_embed
+        if any(isinstance(side, torch.SymInt) for side in size) or size != resized.shape[-2:]:
+            resized = F.interpolate(resized, size=size, mode="bicubic", align_corners=False)
         return resized.flatten(2).unflatten(1, (-1, self.head_dim))
 
     def shortcut(self, v: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from typing import Any
 from timm.layers import create_act_layer
 from torch import Tensor, nn
 
+from .eager import conv_norm_act, is_eager_inference
 from .lean import is_lean, norm_act, norm_act_conv
 
 
@@ -39,6 +40,8 @@ class ConvNormAct(nn.Sequential):
             self.act = create_act_layer(act, inplace=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        if is_eager_inference(x, *self) and isinstance(self.conv, nn.Conv2d):
+            return conv_norm_act(x, *self)
         if len(self) < 3:
             return super().forward(x)
         return norm_act(self.conv(x), self.norm, self.act)

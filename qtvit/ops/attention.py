@@ -79,17 +79,18 @@ def linear_attention_cf(
         if spec.features is None:
             out = scaled_dot_product_attention(q.mT.contiguous(), k.mT.contiguous(), values.mT.contiguous()).mT
             return out.to(v.dtype)
+        q, k, values = q.flatten(0, 1), k.flatten(0, 1), values.flatten(0, 1)
         f_q, f_k, const = spec.features(q, k, **given)
         # w_ij = <f_q_i, f_k_j> + const, summed over j before it meets the query: nothing here is N x M.
         out = (values @ f_k.mT) @ f_q
         if has_const := isinstance(const, Tensor) or const != 0:
             out = out + const * values.sum(-1, keepdim=True)
         if not spec.normalized:
-            return _saturate(out, v.dtype)
+            return _saturate(out, v.dtype).unflatten(0, v.shape[:2])
         weight_sum = f_k.sum(-1, keepdim=True).mT @ f_q
-        if has_const:
-            weight_sum = weight_sum + const * k.shape[-1]
-        return (out / (weight_sum + (spec.eps if eps is None else eps))).to(v.dtype)
+        offset = spec.eps if eps is None else eps
+        weight_sum = weight_sum + (const * k.shape[-1] + offset if has_const else offset)
+        return (out / weight_sum).to(v.dtype).unflatten(0, v.shape[:2])
 
 
 def attention_weights(
@@ -155,7 +156,7 @@ def _resolve_scalars(kernel: Kernel, given: Mapping[str, Tensor | float] | None,
     for name in given:
         if name not in kernel.scalars:
             raise unknown_name("kernel scalar", name, kernel.scalars)
-    dtype = torch.promote_types(like.dtype, torch.float32)
+    dtype = _at_least_fp32(like.dtype)
     return {
         name: value.to(like.device)
         if isinstance(value, Tensor)
@@ -174,8 +175,12 @@ def _check_shapes(q: Tensor, k: Tensor, v: Tensor) -> None:
         raise ValueError(f"k and v differ in batch, heads or tokens: {(*k.shape,)} and {(*v.shape,)}")
 
 
+def _at_least_fp32(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 def _upcast(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    return x.to(_at_least_fp32(x.dtype))
 
 
 def _saturate(x: Tensor, dtype: torch.dtype) -> Tensor:

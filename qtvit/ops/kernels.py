@@ -24,6 +24,11 @@ from torch import Tensor
 EPS = 1e-12
 """Floor of the norms and of the sums of weights. All of them are computed in fp32, so it is far above underflow."""
 
+SQUARE_EPS = 1e-18
+"""Floor of ‖x²‖₂: about the square of the smallest x whose fourth power fp32 can hold."""
+LARGEST = 1e9
+"""About the largest x whose fourth power fp32 can hold."""
+
 Features = tuple[Tensor, Tensor, Tensor | float]
 
 
@@ -48,20 +53,23 @@ class Kernel:
 def unit_square(x: Tensor) -> Tensor:
     """u(x) = x² / ‖x²‖₂ over D (dim -2), the normalised self terms of the released code.
 
-    u does not depend on the length of x, so x is divided by its largest entry first (a constant as far as the
-    gradient is concerned). The squares then neither overflow nor underflow, and u(0) = 0.
+    Exact where x⁴ stays within fp32, which is from 1e-9 to 1e9. A token of smaller entries has smaller u, down to
+    u(0) = 0; larger entries count as 1e9 (exported graphs save that step).
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return _unit_square(x)[0]
     return _UnitSquare.apply(x)[0]
 
 
-def _unit_square(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """u(x), the largest entry of x and 1 / ‖(x / largest)²‖₂; the latter is constant where it would overflow."""
-    largest = x.detach().abs().amax(-2, keepdim=True).clamp_min(EPS)
-    square = (x / largest).square()
-    inv_norm = square.square().sum(-2, keepdim=True).clamp_min(EPS).rsqrt()
-    return square * inv_norm, largest, inv_norm
+def _unit_square(x: Tensor) -> tuple[Tensor, Tensor]:
+    """u(x), and ‖x²‖₂ or `SQUARE_EPS` if that is larger."""
+    if torch.compiler.is_exporting():  # fewer operations, which runtimes do fast
+        square = x.square()
+        norm = torch.linalg.vector_norm(square, dim=-2, keepdim=True).clamp_min(SQUARE_EPS)
+    else:
+        square = x.clamp(-LARGEST, LARGEST).square()
+        norm = square.square().sum(-2, keepdim=True).clamp_min(SQUARE_EPS**2).sqrt()
+    return square / norm, norm
 
 
 class _UnitSquare(torch.autograd.Function):
@@ -70,21 +78,21 @@ class _UnitSquare(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(x: Tensor) -> tuple[Tensor, Tensor]:
         return _unit_square(x)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor], output: tuple[Tensor, Tensor, Tensor]) -> None:
-        ctx.mark_non_differentiable(*output[1:])
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: tuple[Tensor, Tensor]) -> None:
+        ctx.mark_non_differentiable(output[1])
         ctx.save_for_backward(*inputs, *output)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *unused: Tensor) -> Tensor:
-        x, u, largest, inv_norm = ctx.saved_tensors
+        x, u, norm = ctx.saved_tensors
         if torch.is_grad_enabled():  # a derivative of the derivative is asked for
             return torch.autograd.grad(_unit_square(x)[0], x, grad, create_graph=True)[0]
-        along_u = (grad * u).sum(-2, keepdim=True) * (inv_norm < EPS**-0.5)
-        return torch.addcmul(grad, u, along_u, value=-1) * (x / largest) * (2 * inv_norm / largest)
+        along_u = (grad * u).sum(-2, keepdim=True) * (norm > SQUARE_EPS)
+        return torch.addcmul(grad, u, along_u, value=-1) * (2 / norm) * x.masked_fill(x.abs() > LARGEST, 0)
 
 
 def taylor2(q: Tensor, k: Tensor, c: Tensor) -> Features:

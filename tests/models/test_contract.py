@@ -260,7 +260,10 @@ def test_features_only_agrees_with_forward_intermediates(create: Create, feature
         assert extractor.feature_info.channels() == [model.feature_info[i]["num_chs"] for i in want]
         assert extractor.feature_info.reduction() == [model.feature_info[i]["reduction"] for i in want]
         for ours, i in zip(features, want, strict=True):
-            assert torch.equal(ours, stages[i])
+            if feature_cls == "fx":  # a traced graph calls the modules one by one, eager inference does not
+                torch.testing.assert_close(ours, stages[i], rtol=1e-3, atol=1e-4 * float(stages[i].abs().max()))
+            else:
+                assert torch.equal(ours, stages[i])
 
 
 @torch.no_grad()

@@ -86,7 +86,7 @@ def test_fp16_gradient_saturates_and_keeps_its_sign() -> None:
     torch.testing.assert_close(q.grad.double(), exact.grad.clamp(-largest, largest), rtol=2e-2, atol=50)
 
 
-@pytest.mark.parametrize("scale", [1e-14, 1e-6, 7.0, 1e4, 1e30])
+@pytest.mark.parametrize("scale", [1e-8, 1e-6, 7.0, 1e4, 1e8])
 def test_unit_square_ignores_length(scale: float) -> None:
     x = torch.randn(2, 8, 50, generator=torch.Generator().manual_seed(0))
     u = unit_square(x)
