@@ -1,7 +1,7 @@
 """Exporting a trained model, checked before it is kept."""
 
 import dataclasses
-import importlib
+import importlib.util
 import os
 import random
 import tempfile
@@ -26,17 +26,11 @@ from qtvit.models.build import check_img_size
 from .artifact import FORMATS, PRECISIONS, Artifact
 from .check import MAX_DROP, Report, check, synthetic_images
 from .formats import REQUIRED, write
+from .fuse import fuse
 from .held_out import held_out_samples
 from .predictor import Predictor
+from .quantize import write_int8
 from .runtimes import open_exported
-
-
-def fuse(model: nn.Module, img_size: tuple[int, int] | None = None) -> nn.Module:
-    """TEMPORARY"""
-    import copy
-
-    return copy.deepcopy(model).eval()
-
 
 RANDOM = "random weights, for timing"
 """The source of a model without trained weights."""
@@ -100,7 +94,8 @@ def export_model(
     dynamic = _check_settings(format, precision, dynamic, calibration)
     out = _check_out(Path(out) if out else default_path(source, format, precision), format, force)
     for package in REQUIRED[format] + (("nncf",) if (format, precision) == ("openvino", "int8") else ()):
-        importlib.import_module(package)
+        if importlib.util.find_spec(package) is None:
+            raise ModuleNotFoundError(f"{package} is not installed; pip install 'qtvit[deploy]'", name=package)
     network, info = _load(source)
     size = img_size or tuple(info.preprocess["size"])
     check_img_size(network, size, "--img-size")
@@ -114,8 +109,6 @@ def export_model(
     with tempfile.TemporaryDirectory(prefix=".export-", dir=out.parent) as folder:
         file = Path(folder, out.name)
         if precision == "int8":
-            from .quantize import write_int8
-
             assert calibration_images is not None
             write_int8(fused, artifact, file, calibration_images, (images, labels) if labels else None, max_drop)
         else:

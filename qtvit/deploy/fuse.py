@@ -1,0 +1,80 @@
+"""The network as it is deployed: what is constant once training is over is worked out beforehand."""
+
+import copy
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from qtvit.layers import ConvNormAct, MultiScaleAttention
+from qtvit.layers.eager import fold_norm
+
+
+class ChannelAffine(nn.Module):
+    """BatchNorm with fixed statistics as one multiplication and one addition: (B, D, N), same out."""
+
+    def __init__(self, norm: nn.BatchNorm1d) -> None:
+        super().__init__()
+        scale, offset = fold_norm(torch.ones_like(norm.weight), None, norm)
+        self.scale = nn.Buffer(scale.unsqueeze(1))
+        self.offset = nn.Buffer(offset.unsqueeze(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.scale + self.offset
+
+
+@torch.no_grad()
+def fuse(model: nn.Module, img_size: tuple[int, int] | None = None) -> nn.Module:
+    """A copy of ``model`` for inference, with the same outputs up to rounding and fewer operations.
+
+    BatchNorms are folded into the convolutions before them, that of the attention's shortcut into a scale and an
+    offset, and positional maps are resized for ``img_size``, (H, W); at other sizes they are resized from there, so
+    for several sizes leave it out. Parts that are not ours stay as they are; a model without any comes back as a copy.
+    It can be cast to bf16 or fp16: norms, sums over tokens and the division still run in fp32.
+
+    Raises:
+        ValueError: ``img_size`` has a side below 1.
+    """
+    fused = copy.deepcopy(model).eval().requires_grad_(False)
+    sizes = {} if img_size is None else _map_sizes(fused, img_size)
+    for name, module in fused.named_modules():
+        if isinstance(module, ConvNormAct):
+            _fold_conv_norm(module)
+        elif isinstance(module, MultiScaleAttention):
+            if isinstance(module.shortcut_norm, nn.BatchNorm1d):
+                module.shortcut_norm = ChannelAffine(module.shortcut_norm)
+            if module.pos_embed is not None and name in sizes:
+                resized = module.position(sizes[name]).reshape(1, -1, *sizes[name])
+                module.pos_embed = nn.Parameter(resized.clone(), requires_grad=False)
+    return fused
+
+
+def _fold_conv_norm(module: ConvNormAct) -> None:
+    norm = getattr(module, "norm", None)
+    if type(module.conv) is not nn.Conv2d or type(norm) is not nn.BatchNorm2d:
+        return
+    weight, bias = fold_norm(module.conv.weight, module.conv.bias, norm)
+    module.conv.weight = nn.Parameter(weight, requires_grad=False)
+    module.conv.bias = nn.Parameter(bias, requires_grad=False)
+    del module.norm
+
+
+def _map_sizes(model: nn.Module, img_size: tuple[int, int]) -> dict[str, torch.Size]:
+    """The (H, W) at which each attention layer sees an image of ``img_size``, by its name."""
+    if min(img_size) < 1:
+        raise ValueError(f"img_size must be 1 x 1 or more, got {img_size[0]} x {img_size[1]}")
+    sizes: dict[str, torch.Size] = {}
+
+    def remember(name: str) -> Callable[..., None]:
+        return lambda module, inputs, output: sizes.update({name: output.shape[-2:]})
+
+    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, MultiScaleAttention)]
+    hooks = [module.register_forward_hook(remember(name)) for name, module in layers]
+    try:
+        first = next(model.parameters())
+        chans = getattr(model, "in_chans", 3)
+        model(torch.zeros(1, chans, *img_size, device=first.device, dtype=first.dtype))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return sizes
