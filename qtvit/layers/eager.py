@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from qtvit.ops.attention import AUTOCAST_DEVICES
+
 
 def is_eager_inference(x: Tensor, *modules: nn.Module) -> bool:
     """Whether ``modules`` on ``x`` may be replaced by something equal: plain fp32 tensors, no gradients, no tracing, no
@@ -22,7 +24,7 @@ def is_eager_inference(x: Tensor, *modules: nn.Module) -> bool:
         type(x) is Tensor
         and x.dtype == torch.float32
         and not torch.is_grad_enabled()
-        and not torch.is_autocast_enabled(x.device.type)
+        and not (x.device.type in AUTOCAST_DEVICES and torch.is_autocast_enabled(x.device.type))
         and not torch.compiler.is_compiling()
         and not torch._C._are_functorch_transforms_active()
         and not torch.nn.modules.module._has_any_global_hook()
