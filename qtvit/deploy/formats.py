@@ -6,14 +6,17 @@ half precision keeps the norms, token sums and divisions of its attention in fp3
 
 import ast
 import copy
+import io
 import logging
+import os
 import re
 import tempfile
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +29,9 @@ OPSET = 20
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """What a network is cast to for a precision."""
+
+FULL_PRECISION = {"name": "DisablePrecisionConversion", "version": "0", "value": "dynamic:f16,bf16"}
+"""OpenVINO's note on an operation that is not to run in half precision."""
 
 REQUIRED = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "openvino": ("onnx", "onnxscript", "openvino"), "torch": ()}
 """Packages that writing and running a format takes, all in the extra ``deploy``."""
@@ -78,18 +84,36 @@ def openvino_model(graph: Graph, artifact: Artifact) -> Any:
     with tempfile.TemporaryDirectory(prefix="qtvit-") as folder:
         file = Path(folder, "model.onnx")
         _onnx_program(graph, artifact).save(file, external_data=False)
-        model = openvino.convert_model(file)
+        with quiet_tools():
+            model = openvino.convert_model(file)
     if is_bf16:
         _half_to_bfloat16(model)
     return model
 
 
 def save_openvino(model: Any, artifact: Artifact, path: Path) -> None:
-    """Write an ``openvino.Model`` with its description: ``path`` and the .bin beside it."""
+    """Write an ``openvino.Model`` with its description: ``path`` and the .bin beside it.
+
+    A file in half precision is often opened without saying that its types are meant, and all of it would then run in
+    what is fastest there. So what is fp32 in it is marked as such, which OpenVINO heeds since 2026.
+    """
     import openvino
 
     model.set_rt_info(artifact.to_json(), [METADATA_KEY, "description"])
     openvino.save_model(model, path, compress_to_fp16=False)
+    if artifact.precision in ("bf16", "fp16"):
+        written = openvino.Core().read_model(path).get_ops()
+        computed = (op for op in written if op.get_type_name() not in ("Constant", "Parameter", "Result"))
+        full = {op.get_friendly_name() for op in computed if op.get_output_element_type(0) == openvino.Type.f32}
+        tree = ElementTree.parse(path)
+        for layer in tree.iter("layer"):
+            if layer.get("name") in full:
+                notes = layer.find("rt_info")
+                if notes is None:
+                    notes = ElementTree.Element("rt_info")
+                    layer.insert(0 if layer.find("data") is None else 1, notes)
+                ElementTree.SubElement(notes, "attribute", FULL_PRECISION)
+        tree.write(path, encoding="utf-8", xml_declaration=True)
 
 
 def _trace(graph: Graph, artifact: Artifact) -> ExportedProgram:
@@ -97,7 +121,7 @@ def _trace(graph: Graph, artifact: Artifact) -> ExportedProgram:
     example = torch.zeros(2 if "batch" in artifact.dynamic else 1, 3, *artifact.img_size)
     dynamic = {0: Dim.DYNAMIC} if "batch" in artifact.dynamic else {}
     dynamic |= {2: Dim.DYNAMIC, 3: Dim.DYNAMIC} if "hw" in artifact.dynamic else {}
-    with _quiet(), torch.no_grad():
+    with quiet_tools(), torch.no_grad():
         try:
             program = torch.export.export(graph, (example,), dynamic_shapes={INPUT: dynamic or None})
         except Exception as error:  # torch.export's have no common base class
@@ -110,7 +134,7 @@ def _trace(graph: Graph, artifact: Artifact) -> ExportedProgram:
 def _onnx_program(graph: Graph, artifact: Artifact) -> Any:
     """The ``torch.onnx.ONNXProgram``, with nodes named after the layers they are of."""
     program = _trace(graph, artifact)
-    with _quiet():
+    with quiet_tools():
         try:
             onnx_program: Any = torch.onnx.export(
                 program, dynamo=True, opset_version=OPSET, input_names=[INPUT], output_names=[OUTPUT], verbose=False
@@ -172,16 +196,21 @@ def _cannot_export(artifact: Artifact, error: Exception) -> ValueError:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the exporters' warnings, which are of their own code and of no use to a user."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
+def quiet_tools() -> Iterator[None]:
+    """Without what exporters say of their own code, and without OpenVINO's tools telling Intel that they are used.
+
+    They do so by default, but not under continuous integration.
+    """
+    disabled, ci = logging.root.manager.disable, os.environ.get("CI")
+    logging.disable(logging.WARNING)
+    os.environ["CI"] = "true"
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+        logging.disable(disabled)
+        if ci is None:
+            del os.environ["CI"]
+        else:
+            os.environ["CI"] = ci

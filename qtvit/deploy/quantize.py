@@ -1,0 +1,133 @@
+"""Exporting in int8: convolutions and linear layers compute with 8-bit integers, attention itself does not.
+
+Its products and divisions span ranges that eight bits cannot hold, and are few: in int8, they cost more accuracy than
+time (docs/deploy.md has numbers).
+"""
+
+import logging
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from qtvit.console import say
+from qtvit.data import ImageSource, Preprocess, open_image
+from qtvit.layers import LinearAttention, MultiScaleAttention
+
+from .artifact import INPUT, METADATA_KEY, Artifact
+from .formats import Graph, openvino_model, quiet_tools, save_openvino, write_onnx
+
+Labelled = tuple[Sequence[ImageSource], Sequence[int]]
+
+
+def write_int8(
+    network: nn.Module,
+    artifact: Artifact,
+    path: Path,
+    images: Sequence[ImageSource],
+    labelled: Labelled | None = None,
+    max_drop: float = 1.0,
+) -> None:
+    """Quantize ``network`` to int8 and write it as ``artifact`` says.
+
+    Args:
+        network: ready for inference, in fp32.
+        artifact: what is written.
+        path: of the file.
+        images: the ranges of activations are measured on.
+        labelled: images and labels; for OpenVINO, layers go back to fp32 until no more accuracy is lost on them than
+            ``max_drop``.
+        max_drop: points of top-1 in percent.
+    """
+    say(f"quantizing with {len(images)} images")
+    transform = Preprocess(**artifact.info.preprocess).transform()
+
+    def pixels(image: ImageSource) -> np.ndarray:
+        return transform(open_image(image))[None].numpy()
+
+    attentions = tuple(
+        f"{name}/"
+        for name, module in network.named_modules()
+        if isinstance(module, (LinearAttention, MultiScaleAttention))
+    )
+    graph = Graph(network, torch.float32)
+    if artifact.format == "openvino":
+        model = _quantize_openvino(openvino_model(graph, artifact), attentions, pixels, images, labelled, max_drop)
+        save_openvino(model, artifact, path)
+        return
+    with tempfile.TemporaryDirectory(prefix="qtvit-") as folder:
+        plain = Path(folder, "model.onnx")
+        write_onnx(graph, artifact, plain)
+        _quantize_onnx(plain, path, attentions, map(pixels, images))
+
+
+def _quantize_openvino(
+    model: Any,
+    attentions: tuple[str, ...],
+    pixels: Callable[[ImageSource], np.ndarray],
+    images: Sequence[ImageSource],
+    labelled: Labelled | None,
+    max_drop: float,
+) -> Any:
+    """The ``openvino.Model`` in int8."""
+    with quiet_tools():
+        import nncf
+
+        nncf.set_log_level(logging.ERROR)
+        kept = [
+            op.get_friendly_name()
+            for op in model.get_ops()
+            if op.get_friendly_name().startswith(attentions)
+            and op.get_type_name() not in ("Constant", "Convolution", "GroupConvolution")
+        ]
+        options: dict[str, Any] = {
+            "subset_size": len(images),
+            "model_type": nncf.ModelType.TRANSFORMER,  # knows what has to be kept in other networks' attention
+            "ignored_scope": nncf.IgnoredScope(names=kept, validate=False),
+        }
+        calibration = nncf.Dataset(images, pixels)
+        if labelled is None:
+            return nncf.quantize(model, calibration, **options)
+
+        def top1(compiled: Any, items: Iterable[tuple[ImageSource, int]]) -> float:
+            right = [compiled(pixels(image))[0].argmax() == label for image, label in items]
+            return 100 * float(np.mean(right))
+
+        validation = nncf.Dataset(list(zip(*labelled, strict=True)), lambda item: pixels(item[0]))
+        return nncf.quantize_with_accuracy_control(
+            model, calibration, validation, top1, max_drop=max_drop, drop_type=nncf.DropType.ABSOLUTE, **options
+        )
+
+
+def _quantize_onnx(plain: Path, path: Path, attentions: tuple[str, ...], images: Iterator[np.ndarray]) -> None:
+    """Write the .onnx file ``plain`` in int8 to ``path``: quantize-dequantize pairs around what is to be int8."""
+    import onnx
+    from onnxruntime import quantization
+
+    class Reader(quantization.CalibrationDataReader):
+        def get_next(self) -> dict[str, np.ndarray] | None:
+            image = next(images, None)
+            return None if image is None else {INPUT: image}
+
+    model = onnx.load(plain)
+    kept = [node.name for node in model.graph.node if node.name.startswith(attentions) and node.op_type != "Conv"]
+    with quiet_tools():
+        quantization.quantize_static(
+            plain,
+            path,
+            Reader(),
+            quant_format=quantization.QuantFormat.QDQ,
+            per_channel=True,
+            activation_type=quantization.QuantType.QUInt8,
+            weight_type=quantization.QuantType.QInt8,
+            op_types_to_quantize=["Conv", "MatMul", "Gemm"],
+            nodes_to_exclude=kept,
+        )
+    quantized = onnx.load(path)
+    onnx.helper.set_model_props(quantized, {entry.key: entry.value for entry in model.metadata_props})
+    assert METADATA_KEY in {entry.key for entry in quantized.metadata_props}
+    onnx.save(quantized, path)
