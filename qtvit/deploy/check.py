@@ -4,6 +4,8 @@ Shapes: B batch, H x W image.
 """
 
 import dataclasses
+import statistics
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -28,6 +30,8 @@ LARGE_BATCH, SMALL_BATCH = 8, 3
 """Sizes of batches to try where any is allowed, besides 1."""
 FEW = 8
 """Images for each further size and batch that is tried."""
+TURNS, WARMUP = 30, 5
+"""How often a file is timed, and how often it runs before."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +100,29 @@ class Case:
 
 
 @dataclass(frozen=True)
+class Gain:
+    """A file next to the same network in fp32, in the same runtime.
+
+    Attributes:
+        num_bytes, num_bytes_fp32: sizes.
+        seconds, seconds_fp32: medians of the time for one image.
+    """
+
+    num_bytes: int
+    num_bytes_fp32: int
+    seconds: float
+    seconds_fp32: float
+
+    def line(self) -> str:
+        """Both in words."""
+        return (
+            f"size: {self.num_bytes / 1e6:.1f} MB, in fp32 {self.num_bytes_fp32 / 1e6:.1f}; "
+            f"one image: {1e3 * self.seconds:.2f} ms, in fp32 {1e3 * self.seconds_fp32:.2f} "
+            f"(medians of {TURNS} turns each)"
+        )
+
+
+@dataclass(frozen=True)
 class Report:
     """What `check` found.
 
@@ -104,12 +131,14 @@ class Report:
         cases: the first with all images at the file's own size.
         accuracy: top-1 in percent of the network and of the file, on labelled images.
         max_drop: by how many points the latter may be lower.
+        gain: what the precision brings, if that was measured.
     """
 
     precision: str
     cases: list[Case]
     accuracy: tuple[float, float] | None = None
     max_drop: float = MAX_DROP
+    gain: Gain | None = None
 
     def problem(self) -> str | None:
         """The first thing that is wrong with the file, if anything is."""
@@ -129,13 +158,16 @@ class Report:
         lines = [f"{'size':<10}{'batch':>6}{'images':>8}{'max diff':>11}{'mean diff':>11}  same top-1"]
         for case in self.cases:
             ties = case.num_images - case.num_clear
+            note = f" ({ties} tie{'s' * (ties > 1)})" if ties else ""
             lines.append(
                 f"{_size(case.img_size):<10}{case.batch_size:>6}{case.num_images:>8}{case.max_diff:>11.2g}"
-                f"{case.mean_diff:>11.2g}  {case.agreement:>6.1%}{f' ({ties} ties)' if ties else ''}"
+                f"{case.mean_diff:>11.2g}  {case.agreement:>6.1%}{note}"
             )
         lines.append(f"the network's largest logit is {self.cases[0].scale:.3g}")
         if self.accuracy:
             lines.append(f"top-1: {self.accuracy[1]:.2f} %, of the network {self.accuracy[0]:.2f} %")
+        if self.gain:
+            lines.append(self.gain.line())
         return lines
 
 
@@ -170,6 +202,18 @@ def check(
             right = [torch.cat(logits).argmax(-1) == torch.tensor(labels) for logits in (expected, found)]
             accuracy = 100 * float(right[0].float().mean()), 100 * float(right[1].float().mean())
     return Report(artifact.precision, cases, accuracy, max_drop)
+
+
+def time_in_turns(runtimes: Sequence[Runtime], pixels: Tensor) -> list[float]:
+    """Seconds that each takes for ``pixels``: medians, taken in turns, so that what else goes on hits all of them."""
+    samples: list[list[float]] = [[] for _ in runtimes]
+    for turn in range(WARMUP + TURNS):
+        for runtime, seconds in zip(runtimes, samples, strict=True):
+            start = time.perf_counter()
+            runtime(pixels)
+            if turn >= WARMUP:
+                seconds.append(time.perf_counter() - start)
+    return [statistics.median(seconds) for seconds in samples]
 
 
 def synthetic_images(num_images: int, img_size: tuple[int, int], seed: int = 0) -> list[ImageSource]:

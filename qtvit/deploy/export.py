@@ -24,13 +24,13 @@ from qtvit.models import build_model
 from qtvit.models.build import check_img_size
 
 from .artifact import FORMATS, PRECISIONS, Artifact
-from .check import MAX_DROP, Report, check, synthetic_images
+from .check import MAX_DROP, Gain, Report, check, synthetic_images, time_in_turns
 from .formats import REQUIRED, write
 from .fuse import fuse
 from .held_out import held_out_samples
 from .predictor import Predictor
 from .quantize import write_int8
-from .runtimes import open_exported
+from .runtimes import Exported, open_exported
 
 RANDOM = "random weights, for timing"
 """The source of a model without trained weights."""
@@ -107,23 +107,38 @@ def export_model(
 
     fused = fuse(network, None if "hw" in dynamic else artifact.img_size)
     with tempfile.TemporaryDirectory(prefix=".export-", dir=out.parent) as folder:
-        file = Path(folder, out.name)
-        if precision == "int8":
-            assert calibration_images is not None
-            write_int8(fused, artifact, file, calibration_images, (images, labels) if labels else None, max_drop)
+        file, plain = Path(folder, "new", out.name), Path(folder, "fp32", out.name)
+        file.parent.mkdir()
+        if calibration_images is not None and precision == "int8":
+            plain.parent.mkdir()
+            write(fused, dataclasses.replace(artifact, precision="fp32"), plain)
+            write_int8(
+                plain, file, artifact, network, calibration_images, (images, labels) if labels else None, max_drop
+            )
         else:
             write(fused, artifact, file)
         exported = open_exported(file, "cpu")
         report = check(predictor.runtime, exported, artifact, images, labels, max_drop)
+        if precision == "int8":
+            report = dataclasses.replace(report, gain=_gain(exported, open_exported(plain, "cpu")))
         exported.close()
         if problem := report.problem():
             raise ValueError(
                 f"not exported: the {precision} file for {_runtime_name(format)} failed its check: {problem}"
             )
-        written = sorted(Path(folder).iterdir(), key=lambda path: path.suffix == out.suffix)  # the one to load last
+        written = sorted(file.parent.iterdir(), key=lambda path: path.suffix == out.suffix)  # the one to load last
         for path in written:
             os.replace(path, out.with_name(path.name))
     return Export([out.with_name(path.name) for path in reversed(written)], artifact, report, which)
+
+
+def _gain(exported: Exported, plain: Exported) -> Gain:
+    """The size and speed of a file next to that in fp32."""
+    pixels = torch.zeros(1, 3, *exported.artifact.img_size)
+    seconds = time_in_turns([exported, plain], pixels)
+    num_bytes = [sum(file.stat().st_size for file in runtime.path.parent.iterdir()) for runtime in (exported, plain)]
+    plain.close()
+    return Gain(num_bytes[0], num_bytes[1], seconds[0], seconds[1])
 
 
 def default_path(source: str | Path, format: str, precision: str) -> Path:

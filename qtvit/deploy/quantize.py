@@ -5,13 +5,11 @@ time (docs/deploy.md has numbers).
 """
 
 import logging
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import nn
 
 from qtvit.console import say
@@ -19,25 +17,27 @@ from qtvit.data import ImageSource, Preprocess, open_image
 from qtvit.layers import LinearAttention, MultiScaleAttention
 
 from .artifact import INPUT, METADATA_KEY, Artifact
-from .formats import Graph, openvino_model, quiet_tools, save_openvino, write_onnx
+from .formats import quiet_tools, save_openvino
 
 Labelled = tuple[Sequence[ImageSource], Sequence[int]]
 
 
 def write_int8(
-    network: nn.Module,
-    artifact: Artifact,
+    plain: Path,
     path: Path,
+    artifact: Artifact,
+    network: nn.Module,
     images: Sequence[ImageSource],
     labelled: Labelled | None = None,
     max_drop: float = 1.0,
 ) -> None:
-    """Quantize ``network`` to int8 and write it as ``artifact`` says.
+    """Quantize a file to int8.
 
     Args:
-        network: ready for inference, in fp32.
-        artifact: what is written.
-        path: of the file.
+        plain: the file in fp32.
+        path: of the file to write.
+        artifact: its description.
+        network: what was exported; its attention layers are looked for.
         images: the ranges of activations are measured on.
         labelled: images and labels; for OpenVINO, layers go back to fp32 until no more accuracy is lost on them than
             ``max_drop``.
@@ -54,19 +54,14 @@ def write_int8(
         for name, module in network.named_modules()
         if isinstance(module, (LinearAttention, MultiScaleAttention))
     )
-    graph = Graph(network, torch.float32)
     if artifact.format == "openvino":
-        model = _quantize_openvino(openvino_model(graph, artifact), attentions, pixels, images, labelled, max_drop)
-        save_openvino(model, artifact, path)
-        return
-    with tempfile.TemporaryDirectory(prefix="qtvit-") as folder:
-        plain = Path(folder, "model.onnx")
-        write_onnx(graph, artifact, plain)
-        _quantize_onnx(plain, path, attentions, map(pixels, images))
+        save_openvino(_quantize_openvino(plain, attentions, pixels, images, labelled, max_drop), artifact, path)
+    else:
+        _quantize_onnx(plain, path, artifact, attentions, map(pixels, images))
 
 
 def _quantize_openvino(
-    model: Any,
+    plain: Path,
     attentions: tuple[str, ...],
     pixels: Callable[[ImageSource], np.ndarray],
     images: Sequence[ImageSource],
@@ -76,7 +71,9 @@ def _quantize_openvino(
     """The ``openvino.Model`` in int8."""
     with quiet_tools():
         import nncf
+        import openvino
 
+        model = openvino.Core().read_model(plain)
         nncf.set_log_level(logging.ERROR)
         kept = [
             op.get_friendly_name()
@@ -103,8 +100,10 @@ def _quantize_openvino(
         )
 
 
-def _quantize_onnx(plain: Path, path: Path, attentions: tuple[str, ...], images: Iterator[np.ndarray]) -> None:
-    """Write the .onnx file ``plain`` in int8 to ``path``: quantize-dequantize pairs around what is to be int8."""
+def _quantize_onnx(
+    plain: Path, path: Path, artifact: Artifact, attentions: tuple[str, ...], images: Iterator[np.ndarray]
+) -> None:
+    """Write an .onnx file in int8: pairs of quantizing and dequantizing around what is to be int8."""
     import onnx
     from onnxruntime import quantization
 
@@ -128,6 +127,5 @@ def _quantize_onnx(plain: Path, path: Path, attentions: tuple[str, ...], images:
             nodes_to_exclude=kept,
         )
     quantized = onnx.load(path)
-    onnx.helper.set_model_props(quantized, {entry.key: entry.value for entry in model.metadata_props})
-    assert METADATA_KEY in {entry.key for entry in quantized.metadata_props}
+    onnx.helper.set_model_props(quantized, {METADATA_KEY: artifact.to_json()})
     onnx.save(quantized, path)

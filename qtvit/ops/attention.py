@@ -15,6 +15,8 @@ from qtvit.errors import unknown_name
 
 from .kernels import KERNELS, Kernel
 
+TINY = 1e-6
+"""An eps below it is a floor of the sum of weights in exported graphs: the exporter to ONNX drops such additions."""
 AUTOCAST_DEVICES = tuple(name for name in ("cpu", "cuda", "mps", "xpu") if torch.amp.is_autocast_available(name))
 """Asked once, as compilers cannot trace the question."""
 
@@ -89,7 +91,10 @@ def linear_attention_cf(
             return _saturate(out, v.dtype).unflatten(0, v.shape[:2])
         weight_sum = f_k.sum(-1, keepdim=True).mT @ f_q
         offset = spec.eps if eps is None else eps
-        weight_sum = weight_sum + (const * k.shape[-1] + offset if has_const else offset)
+        if torch.compiler.is_exporting() and not has_const and offset < TINY:
+            weight_sum = weight_sum.clamp_min(offset)
+        else:
+            weight_sum = weight_sum + (const * k.shape[-1] + offset if has_const else offset)
         return (out / weight_sum).to(v.dtype).unflatten(0, v.shape[:2])
 
 
