@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     debug, first = "--debug" in argv, os.environ.get("RANK", "0") == "0"
     quiet = "--quiet" in argv or not first  # of torchrun's processes, one speaks
     args, rest = _parser().parse_known_args([arg for arg in argv if arg not in ("--debug", "--quiet")])
-    args.rest = rest
+    args.rest, args.argv = rest, argv
     if rest and args.command not in (train_classify, ablate):
         _parser().error(f"unrecognized arguments: {' '.join(rest)}")
     try:

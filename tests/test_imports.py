@@ -28,7 +28,14 @@ LAYERS = [
     {"qtvit", "__main__"},
 ]
 RANK = {package: rank for rank, packages in enumerate(LAYERS) for package in packages}
-NEED_EXTRAS = ["data/stream.py", "deploy/doctor/draw.py", "explain/draw.py", "training/*"]
+NEED_EXTRAS = [
+    "bench/labels.py",
+    "bench/plots.py",
+    "data/stream.py",
+    "deploy/doctor/draw.py",
+    "explain/draw.py",
+    "training/*",
+]
 CORE = {"qtvit", "qtvit_cli", "torch", "torchvision", "timm"}
 CORE |= {"safetensors", "huggingface_hub", "yaml", "numpy", "PIL", "tqdm"}  # that come with these
 HEAVY = ["lightning", "pytorch_lightning", "torchmetrics", "jsonargparse", "matplotlib", "sklearn", "tensorboard"]

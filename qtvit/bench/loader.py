@@ -18,7 +18,7 @@ from qtvit.data import ImageDataset, TrainTransform, load_labelled_images
 from qtvit.data.sampling import EpochBatches, SeededDataset
 from qtvit.device import resolve_device
 
-from .measure import environment, in_turns, paired_ratio
+from .measure import check_counts, environment, in_turns, paired_ratio
 
 AUGMENT: dict[str, Any] = {
     "scale": (0.08, 1.0),
@@ -63,10 +63,7 @@ def bench_loader(
     Raises:
         FileNotFoundError, ValueError: no such data or device, no image files, or fewer than two rounds.
     """
-    if rounds < 2 or batch_size < 1 or batches < 1:
-        raise ValueError(
-            f"a comparison needs two rounds, one batch and one image or more, got {rounds}, {batches} and {batch_size}"
-        )
+    check_counts(rounds=rounds, batches=batches, **{"batch size": batch_size})
     where = resolve_device(device)
     samples = _pick(data, batches * batch_size)
     transform = TrainTransform(img_size, auto_augment=auto_augment, **AUGMENT)

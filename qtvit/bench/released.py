@@ -34,6 +34,7 @@ class ReleasedAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         layer, dim, size = self.layer, self.layer.head_dim, x.shape[-2:]
         assert layer.pos_embed is not None
+        assert layer.shortcut_norm is not None
         qkv = layer.qkv(x)
         multi_scale = torch.cat([qkv, layer.aggregate(qkv)], 1)
         tokens = multi_scale.reshape(len(x), -1, 3 * dim, size[0] * size[1]).transpose(-1, -2)

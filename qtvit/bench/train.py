@@ -12,9 +12,11 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
 
 from qtvit.device import resolve_device
-from qtvit.models import build_model, check_img_size
+from qtvit.models import check_img_size
 
-from .measure import environment, in_turns, paired_ratio
+from .candidates import Candidate
+from .measure import check_counts, environment, in_turns, paired_ratio
+from .released import as_released
 
 
 def bench_training(
@@ -30,7 +32,8 @@ def bench_training(
     """Forward and backward pass of each of ``models`` next to ``peer``, eager, channels-last, cross-entropy.
 
     Args:
-        models: names, ours or timm's.
+        models: as `qtvit.bench.candidates.Candidate.parse` takes them: names, ours or timm's, run folders and model
+            files; with a kernel behind a colon, or ``released:`` before it.
         peer: the model that the ratios are to.
         img_size: (H, W) of the images.
         batch_size: images per step.
@@ -43,10 +46,9 @@ def bench_training(
         (`bytes_kept`), the seconds of every step, their median, and both as ratios to the peer.
 
     Raises:
-        ValueError: an unknown model or device, or fewer than two rounds.
+        FileNotFoundError, ValueError: an unknown model or device, a file that cannot be trained, or too few rounds.
     """
-    if rounds < 2 or batch_size < 1:
-        raise ValueError(f"a comparison needs two rounds and one image or more, got {rounds} and {batch_size}")
+    check_counts(rounds=rounds, **{"batch size": batch_size})
     where = resolve_device(device)
     names = list(dict.fromkeys([*models, peer]))
     images = torch.randn(batch_size, 3, *img_size, device=where).contiguous(memory_format=torch.channels_last)
@@ -54,8 +56,14 @@ def bench_training(
     steps: dict[str, Callable[[], None]] = {}
     kept = {}
     for name in names:
-        model = build_model(name).train().to(where).to(memory_format=torch.channels_last)
+        candidate = Candidate.parse(name)
+        if candidate.exported:
+            raise ValueError(f"{name}: an exported file cannot be trained")
+        model = candidate.module
         check_img_size(model, img_size)
+        if candidate.form == "as released":
+            model = as_released(model)
+        model = model.train().to(where).to(memory_format=torch.channels_last)
         forward = partial(_loss, model, images, labels, autocast)
         kept[name] = bytes_kept(forward, model) / batch_size
         steps[name] = partial(_step, forward, model)

@@ -31,8 +31,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_ours_next_to_timms(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], num_workers: int) -> None:
     out = tmp_path / "new" / "bench.json"
-    argv = f"--img-size 24x32 --batch-size 3 --batches 2 --rounds 2 --device cpu --num-workers {num_workers} --json"
-    assert main(["bench", "loader", str(folder), *argv.split(), str(out)]) == 0
+    argv = (
+        f"--img-size 24x32 --batch-size 3 --batches 2 --rounds 2 --device cpu --num-workers {num_workers} --json {out}"
+    )
+    assert main(["bench", "loader", str(folder), *argv.split(), "--output", str(tmp_path / "picture")]) == 0
+    assert json.loads((tmp_path / "picture.json").read_text()) == json.loads(out.read_text())
+    assert (tmp_path / "picture.png").stat().st_size > 10_000
     result = json.loads(out.read_text())
     ours, peer = result["loaders"]["qtvit"], result["loaders"]["timm"]
     assert peer["ratio"] == {"median": 1, "low": 1, "high": 1}

@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 from qtvit.bench.measure import in_turns, paired_ratio
@@ -45,6 +46,23 @@ def test_ours_next_to_the_peer(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "qtvit_0" in capsys.readouterr().out
 
 
+def test_other_forms_and_a_picture(tmp_path: Path) -> None:
+    out = tmp_path / "steps"
+    names = ["qtvit_nano", "qtvit_nano:softmax", "released:qtvit_nano"]
+    argv = (
+        f"bench train {' '.join(names)} --peer qtvit_nano:relu --img-size 32 --batch-size 2 --rounds 2 --output {out}"
+    )
+    assert main(argv.split()) == 0
+    result = json.loads((tmp_path / "steps.json").read_text())
+    assert list(result["models"]) == [*names, "qtvit_nano:relu"]
+    kept = {name: row["bytes_kept_per_image"] for name, row in result["models"].items()}
+    assert len(set(kept.values())) == 4
+    assert kept["released:qtvit_nano"] > kept["qtvit_nano"]
+    assert result["command"] == f"qtvit {argv}"
+    with Image.open(tmp_path / "steps.png") as picture:
+        assert picture.width > 1000
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -52,6 +70,8 @@ def test_ours_next_to_the_peer(tmp_path: Path, capsys: pytest.CaptureFixture[str
         ("--peer zzz", "unknown model 'zzz'; known: "),
         ("--img-size 0", "--img-size must be a side"),
         ("qtvit_0 --img-size 16", "below the network's minimum of 32 px"),
+        ("efficientvit_b0:relu", "only models of ours"),
+        ("model.pt2", "model.pt2: no such file"),
         ("--rounds 1", "needs two rounds"),
         ("--device cuda:9", "no such device"),
     ],

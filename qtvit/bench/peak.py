@@ -1,0 +1,73 @@
+"""How fast this machine multiplies matrices: what the speed of a network can be held against."""
+
+import time
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qtvit.console import progress
+
+from .runtimes import RUNTIMES, Run
+
+CPU_SIZES = (256, 512, 1024, 2048)
+GPU_SIZES = (1024, 2048, 4096, 8192)
+"""Sides of the square matrices that are tried."""
+MULTIPLIERS = ("eager", "onnxruntime", "openvino")
+"""Runtimes that multiply in their own way; the other ones are PyTorch too."""
+
+
+class _Product(nn.Module):
+    """(1, 3, N, N) -> the products of the three matrices with another (N, N), a weight."""
+
+    def __init__(self, side: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(side, side, generator=torch.Generator().manual_seed(0)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight
+
+
+def matmul_peaks(
+    runtimes: tuple[str, ...], precision: str, device: torch.device, sizes: tuple[int, ...] | None = None
+) -> dict[str, Any]:
+    """The fastest product of two square matrices in ``precision``: of all sizes, with PyTorch and ``runtimes``.
+
+    Returns:
+        "gflops" in 10⁹ floating-point operations a second, two for each multiply-accumulate; "runtime" and "size" that
+        it was reached with; "all" that were tried, as {runtime: {size: gflops}}.
+    """
+    names = [
+        name for name in MULTIPLIERS if precision in RUNTIMES[name].precisions and (name == "eager" or name in runtimes)
+    ]
+    found: dict[str, dict[int, float]] = {name: {} for name in names}
+    sizes = sizes or (CPU_SIZES if device.type == "cpu" else GPU_SIZES)
+    pairs = [(name, side) for name in names for side in sizes]
+    with TemporaryDirectory() as folder:
+        for name, side in progress(pairs, desc=f"Measuring matrix products in {precision}", unit="size"):
+            if min(found[name].values(), default=1.0) < 1:
+                continue  # no instructions for it: larger ones would take minutes
+            runtime = RUNTIMES[name]
+            path = Path(folder) / f"{name}{side}{runtime.suffix}"
+            x = torch.randn(1, 3, side, side, device=device)
+            runtime.save(_Product(side), x, path, precision)
+            found[name][side] = 3 * 2e-9 * side**3 / _fastest(runtime.open(path, x, precision), device)
+    gflops, runtime_name, side = max((value, name, side) for name in found for side, value in found[name].items())
+    return {"gflops": gflops, "runtime": runtime_name, "size": side, "all": found}
+
+
+def _fastest(run: Run, device: torch.device, min_seconds: float = 0.3, min_calls: int = 3) -> float:
+    """Seconds of the quickest call of those in ``min_seconds``, after one that does not count."""
+    best, calls, begin = float("inf"), -1, time.perf_counter()
+    while calls < min_calls or time.perf_counter() - begin < min_seconds:
+        if device.type != "cpu":
+            torch.accelerator.synchronize(device)
+        start = time.perf_counter()
+        run()
+        if device.type != "cpu":
+            torch.accelerator.synchronize(device)
+        calls += 1
+        best = min(best, time.perf_counter() - start) if calls else best
+    return best

@@ -1,0 +1,180 @@
+"""The results of the benchmarks as pictures."""
+
+import itertools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.axis import Axis
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
+
+from qtvit.files import replacing
+
+from .labels import place_labels
+from .pareto import OURS
+from .tables import ratio_text, size_text
+
+Result = Mapping[str, Any]
+OURS_COLOR, PEER_COLOR = "tab:red", "grey"
+FAMILY_COLORS = ["tab:blue", "tab:orange", "tab:green", "tab:purple", "tab:brown", "tab:pink", "tab:gray", "tab:olive"]
+FAMILY_COLORS += ["tab:cyan", "navy", "black", "darkgoldenrod", "teal", "limegreen", "indigo"]
+"""No reds, which are ours."""
+MARKERS = "os^Dvp"
+
+
+def plot_latency(result: Result, out: Path) -> None:
+    """Bars of the time of a batch with quartiles, a panel for each image size and batch size."""
+    groups: dict[tuple[str, int], list[Any]] = {}
+    for row in result["rows"]:
+        groups.setdefault((size_text(row["img_size"]), row["batch_size"]), []).append(row)
+    longest = max(map(len, groups.values()))
+    figure = Figure(figsize=(7.5 * len(groups), 1.5 + 0.32 * longest), layout="constrained")
+    for axes, ((size, batch), rows) in zip(
+        figure.subplots(1, len(groups), squeeze=False)[0], groups.items(), strict=True
+    ):
+        rows = sorted(rows, key=lambda row: (row["runtime"], row["precision"], row["median_seconds"]))
+        _bars(
+            axes,
+            {f"{row['model']}, {row['runtime']} {row['precision']}": row["seconds"] for row in rows},
+            [f"{1e3 * row['median_seconds']:.2f}{_peer_note(row['ratio'])}" for row in rows],
+            [PEER_COLOR if row["model"] == result["settings"]["peer"] else OURS_COLOR for row in rows],
+            scale=1e3,
+        )
+        axes.set(title=f"{size} px, batch {batch}", xlabel=f"ms (time / {result['settings']['peer']})")
+    _save(figure, result, out)
+
+
+def plot_train(result: Result, out: Path) -> None:
+    """Bytes kept for the backward pass, and the time of a step."""
+    models, peer = result["models"], result["settings"]["peer"]
+    colors = [PEER_COLOR if name == peer else OURS_COLOR for name in models]
+    figure = Figure(figsize=(12, 1.5 + 0.4 * len(models)), layout="constrained")
+    kept, step = figure.subplots(1, 2)
+    values = {name: [row["bytes_kept_per_image"]] for name, row in models.items()}
+    notes = [f"{row['bytes_kept_per_image'] / 1e6:.1f} ({row['bytes_kept_ratio']:.2f})" for row in models.values()]
+    _bars(kept, values, notes, colors, scale=1e-6)
+    kept.set(title="Kept for the backward pass", xlabel=f"MB per image (ratio to {peer})")
+    seconds = {name: row["step_seconds"] for name, row in models.items()}
+    notes = [
+        f"{1e3 * row['step_median_seconds']:.1f}, ratio {ratio_text(row['step_ratio'])}" for row in models.values()
+    ]
+    _bars(step, seconds, notes, colors, scale=1e3)
+    step.set(title="Training step", xlabel=f"ms (ratio to {peer})")
+    _save(figure, result, out)
+
+
+def plot_loader(result: Result, out: Path) -> None:
+    """Images per second of each loader."""
+    loaders, settings = result["loaders"], result["settings"]
+    images = settings["batches"] * settings["batch_size"]
+    rates = {name: [images / seconds for seconds in row["seconds"]] for name, row in loaders.items()}
+    notes = [f"{row['images_per_second']:.1f}, ratio {ratio_text(row['ratio'])}" for row in loaders.values()]
+    figure = Figure(figsize=(8, 1.5 + 0.4 * len(loaders)), layout="constrained")
+    axes = figure.subplots()
+    _bars(axes, rates, notes, [PEER_COLOR if name == "timm" else OURS_COLOR for name in loaders], scale=1)
+    axes.set(title="Training images", xlabel="images per second (ratio to timm)")
+    _save(figure, result, out)
+
+
+def plot_scaling(result: Result, out: Path) -> None:
+    """Time against size on logarithmic axes, a panel for each part."""
+    parts = list(dict.fromkeys(curve["part"] for curve in result["curves"]))
+    figure = Figure(figsize=(6 * len(parts), 4.8), layout="constrained")
+    for axes, part in zip(figure.subplots(1, len(parts), squeeze=False)[0], parts, strict=True):
+        curves = [curve for curve in result["curves"] if curve["part"] == part and curve["sizes"]]
+        for curve, marker in zip(curves, MARKERS * len(curves), strict=False):
+            times = 1e3 * np.array(curve["median_seconds"])
+            low, high = (1e3 * np.array([np.quantile(s, q) for s in curve["seconds"]]) for q in (0.25, 0.75))
+            power = "" if curve["exponent"] is None else f"  ~ {curve['unit']}$^{{{curve['exponent']:.2f}}}$"
+            (line,) = axes.plot(curve["sizes"], times, marker=marker, markersize=4, label=curve["name"] + power)
+            axes.fill_between(curve["sizes"], low, high, color=line.get_color(), alpha=0.2)
+        for cross in result["crossovers"]:
+            if cross["part"] == part and cross["wins"] == "from":
+                label = f"faster than {cross['than']} from {cross['at']:,.0f}"
+                axes.axvline(cross["at"], color="grey", linestyle=":", linewidth=1, label=label)
+        axes.set(xscale="log", yscale="log", title=part, xlabel=curves[0]["unit"] if curves else "", ylabel="ms")
+        _plain_numbers(axes.yaxis)
+        axes.grid(alpha=0.3)
+        if curves:
+            axes.legend(fontsize=8)
+    _save(figure, result, out)
+
+
+def plot_pareto(result: Result, out: Path) -> None:
+    """Published top-1 against measured latency, the front drawn and every point named."""
+    rows, settings = result["rows"], result["settings"]
+    figure = Figure(figsize=(16, 10), layout="constrained")
+    axes = figure.subplots()
+    others = [family for family in dict.fromkeys(row["family"] for row in rows) if family != OURS]
+    colors = {OURS: OURS_COLOR, **dict(zip(others, itertools.cycle(FAMILY_COLORS), strict=False))}
+    for number, (family, color) in enumerate(colors.items()):
+        mine = [row for row in rows if row["family"] == family]
+        style: dict[str, Any] = {"marker": MARKERS[number % len(MARKERS)], "s": 28}
+        if family == OURS:
+            style = {"marker": "*", "s": 150, "zorder": 4}
+        points = [(1e3 * row["latency_seconds"], row["published_top1"]) for row in mine]
+        if points:
+            axes.scatter(*zip(*points, strict=True), color=color, label=family, edgecolors="white", **style)
+    front = [row for row in rows if row["on_front"]]
+    corners = [(1e3 * row["latency_seconds"], row["published_top1"]) for row in front]
+    axes.plot(*zip(*corners, strict=True), color="black", linewidth=1, zorder=1, drawstyle="steps-post", label="front")
+    axes.set(
+        xscale="log",
+        title=f"ImageNet-1k top-1 as published, latency as measured: {settings['runtime']} {settings['precision']}, "
+        f"batch {settings['batch_size']}, {_threads(result['environment'])}",
+        xlabel="ms per batch",
+        ylabel="published top-1 (%)",
+    )
+    _plain_numbers(axes.xaxis)
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower right", fontsize=9)
+    place_labels(
+        axes,
+        [(1e3 * row["latency_seconds"], row["published_top1"]) for row in rows],
+        [row["label"] for row in rows],
+        [colors[row["family"]] for row in rows],
+        [row["family"] == OURS or row["on_front"] for row in rows],
+        corners,
+    )
+    _save(figure, result, out)
+
+
+def _bars(
+    axes: Axes, values: Mapping[str, Sequence[float]], notes: Sequence[str], colors: Sequence[str], scale: float
+) -> None:
+    """Horizontal bars of medians with lines from quartile to quartile, and a note at the end of each."""
+    low, middle, high = (scale * np.array([np.quantile(v, q) for v in values.values()]) for q in (0.25, 0.5, 0.75))
+    places = range(len(values))
+    axes.barh(places, middle, color=colors, alpha=0.8, xerr=np.stack([middle - low, high - middle]), error_kw={"lw": 1})
+    axes.set_yticks(places, list(values), fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1.35 * high.max())
+    for place, end, note in zip(places, high, notes, strict=True):
+        axes.text(end, place, f" {note}", va="center", fontsize=8)
+
+
+def _plain_numbers(axis: Axis) -> None:
+    """10, 20, 50 on a logarithmic axis, instead of powers."""
+    for set_formatter in (axis.set_major_formatter, axis.set_minor_formatter):
+        set_formatter(FuncFormatter(lambda value, _: f"{value:g}" if f"{value:.0e}"[0] in "125" else ""))
+
+
+def _peer_note(ratio: Result | None) -> str:
+    return "" if ratio is None else f" ({ratio['median']:.2f})"
+
+
+def _threads(environment: Result) -> str:
+    return f"{environment['threads']} thread{'s' * (environment['threads'] != 1)}"
+
+
+def _save(figure: Figure, result: Result, out: Path) -> None:
+    """With what the numbers depend on in a line below."""
+    where = result["environment"]
+    packages = ", ".join(f"{name} {where[name]}" for name in ("torch", "onnxruntime", "openvino") if name in where)
+    device = where["cpu"] if where["device"] == "cpu" else where["device"]
+    figure.supxlabel(f"{device}, {_threads(where)}, {packages}", fontsize=7, color="grey")
+    with replacing(out) as temporary:
+        figure.savefig(temporary, dpi=120, format="png")
