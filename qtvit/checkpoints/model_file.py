@@ -26,6 +26,8 @@ WEIGHT_SOURCES = ("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "che
 """Arguments of ``timm.create_model`` that say where weights come from."""
 ATTENTION_ARGS = ("kernel", "ape", "shortcut", "attn_eps")
 """Arguments of a model that say which weights its attention has, and what they mean."""
+EXPORTED = (".onnx", ".xml", ".pt2")
+"""What `qtvit export` writes."""
 BEST = "best.safetensors"
 """Name of the model file in a run folder."""
 
@@ -164,7 +166,7 @@ def find_model_file(path: str | Path) -> Path:
 
     Raises:
         FileNotFoundError: there is none.
-        OSError, ValueError: as `locate`.
+        OSError, ValueError: as `locate`; or it is an exported file, which holds a graph and no model.
     """
     path = locate(path)
     shipped = SHIPPED_WEIGHTS / f"{path}.safetensors"
@@ -181,6 +183,8 @@ def find_model_file(path: str | Path) -> Path:
     if not path.is_file():
         names = ", ".join(sorted(file.stem for file in SHIPPED_WEIGHTS.glob("*.safetensors")))
         raise FileNotFoundError(f"{path}: no such run folder or model file (with the package comes: {names})")
+    if path.suffix.lower() in EXPORTED:
+        raise ValueError(f"{path}: an exported model has no layers to look into; give the run it was exported from")
     return path
 
 

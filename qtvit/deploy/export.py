@@ -92,11 +92,12 @@ def export_model(
             then there is no file.
     """
     dynamic = _check_settings(format, precision, dynamic, calibration)
+    is_random = _is_random(source)
     out = _check_out(Path(out) if out else default_path(source, format, precision), format, force)
     for package in REQUIRED[format] + (("nncf",) if (format, precision) == ("openvino", "int8") else ()):
         if importlib.util.find_spec(package) is None:
             raise ModuleNotFoundError(f"{package} is not installed; pip install 'qtvit[deploy]'", name=package)
-    network, info = _load(source)
+    network, info = _random_model(str(source)) if is_random else load_model(source)
     size = img_size or tuple(info.preprocess["size"])
     check_img_size(network, size, "--img-size")
     info = dataclasses.replace(info, preprocess={**info.preprocess, "size": list(size)})
@@ -162,12 +163,12 @@ def _check_settings(
     if precision not in known:
         raise unknown_name("precision", precision, known)
     if precision not in PRECISIONS[format]:
-        others = " and ".join(name for name, precisions in PRECISIONS.items() if precision in precisions)
+        others = " or ".join(name for name, precisions in PRECISIONS.items() if precision in precisions)
         why = {
             ("onnx", "bf16"): "ONNX Runtime has no bf16 convolutions for the CPU",
             ("torch", "int8"): "PyTorch's own int8 is not written here",
         }[format, precision]
-        raise ValueError(f"--format {format} has no --precision {precision}: {why}; --format {others} has")
+        raise ValueError(f"--format {format} has no --precision {precision}: {why}; --format {others} has it")
     for name in dynamic:
         if name not in ("batch", "hw"):
             raise unknown_name("dynamic axis", name, ("batch", "hw"))
@@ -194,16 +195,15 @@ def _check_out(out: Path, format: str, force: bool) -> Path:
     return out
 
 
-def _load(source: str | Path) -> tuple[nn.Module, ModelInfo]:
-    """The model, with random weights if ``source`` is no more than a model's name."""
+def _is_random(source: str | Path) -> bool:
+    """Whether ``source`` is no more than a model's name; the errors of `find_model_file` if it is nothing at all."""
     try:
         find_model_file(source)
+        return False
     except FileNotFoundError:
         if Path(source).exists() or not timm.is_model(str(source)):
             raise
-        say(f"{source}: {RANDOM}; its predictions mean nothing")
-        return _random_model(str(source))
-    return load_model(source)
+        return True
 
 
 @torch.no_grad()
@@ -213,8 +213,10 @@ def _random_model(name: str) -> tuple[nn.Module, ModelInfo]:
     As it is built, the residual branches are silent and signals fade to numbers so small that they slow CPUs down; so
     its BatchNorms get weights of 1 and the statistics of a few images.
     """
-    torch.manual_seed(0)
-    model: Any = build_model(name)
+    say(f"{name}: {RANDOM}; its predictions mean nothing")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model: Any = build_model(name)
     info = dataclasses.replace(ModelInfo.of_weights(name, {"num_classes": model.num_classes}), source=RANDOM)
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):

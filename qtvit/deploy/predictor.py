@@ -101,7 +101,7 @@ class Predictor:
         """The PyTorch network; ValueError for an exported file, which has none."""
         if isinstance(self.runtime, Network):
             return self.runtime.module
-        raise ValueError("an exported model has no layers to look into; give the run that it was exported from")
+        raise ValueError("an exported model has no layers to look into; give the run it was exported from")
 
     def close(self) -> None:
         """Free what the runtime holds; it cannot predict any more."""

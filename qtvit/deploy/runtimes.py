@@ -134,13 +134,18 @@ class OnnxFile(Exported):
 
 
 class OpenVINOFile(Exported):
-    """An .xml file, with its .bin, in OpenVINO; pass either."""
+    """An .xml file, with its .bin beside it, in OpenVINO."""
 
     def _open(self) -> str | None:
         import openvino
 
         core = openvino.Core()
         keys = [METADATA_KEY, "description"]
+        with self.path.open("rb") as file:
+            if b"<net" not in file.read(1000):
+                raise ValueError(f"{self.path}: is not a model of OpenVINO")
+        if not self.path.with_suffix(".bin").is_file():
+            raise FileNotFoundError(f"{self.path}: its weights, {self.path.stem}.bin, are not beside it")
         try:
             model = core.read_model(self.path)
             config = {**OPENVINO_CONFIG, "INFERENCE_NUM_THREADS": self.threads}
@@ -178,7 +183,10 @@ class ExportedProgram(Exported):
 
     @torch.inference_mode()
     def _run(self, pixels: Tensor) -> Tensor:
-        return self.module(pixels)
+        try:
+            return self.module(pixels)
+        except AssertionError as error:  # a guard of the graph, as on the smallest sizes
+            raise ValueError(f"{self.path}: does not take pixels of shape {(*pixels.shape,)}: {error}") from error
 
     def close(self) -> None:
         self.module = None
