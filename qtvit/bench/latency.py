@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qtvit.checkpoints import own_args
 from qtvit.console import progress, say
 from qtvit.deploy.runtimes import open_exported
 from qtvit.device import resolve_device
-from qtvit.models import check_img_size
+from qtvit.models import build_model, check_img_size, model_cost
 
 from .candidates import Candidate
 from .measure import check_counts, environment, in_turns, plain_fp32, ratio_to
@@ -101,10 +102,10 @@ def bench_latency(
                 check_img_size(candidate.module, img_size)
     rows: list[dict[str, Any]] = []
     failed: list[dict[str, Any]] = []
+    peaks: dict[str, Any] = {}
     ways = [(runtime, precision) for runtime in runtimes for precision in precisions]
     pairs = [(c, way) for c in candidates for way in ([None] if c.exported else ways)]
     with plain_fp32():
-        peaks = {p: matmul_peaks(tuple(runtimes), p, where) for p in precisions} if peak else {}
         for img_size, batch_size in itertools.product(img_sizes, batch_sizes):
             images = example_images(batch_size, img_size, where)
             with TemporaryDirectory(prefix="qtvit-bench-") as folder:
@@ -112,7 +113,11 @@ def bench_latency(
                     prepare(candidate, way, images, folder, failed, memory)
                     for candidate, way in progress(pairs, desc="Preparing", unit="network")
                 ]
-                rows += measure([e for e in entries if e], peer, where, rounds, peaks)
+                ready = [entry for entry in entries if entry]
+                for precision in dict.fromkeys(entry.row["precision"] for entry in ready if peak):
+                    if precision not in peaks:
+                        peaks[precision] = matmul_peaks(runtimes, precision, where)
+                rows += measure(ready, peer, where, rounds, peaks)
     if not rows:
         raise ValueError(f"nothing could be measured: {failed[0]['reason']}")
     return {
@@ -198,7 +203,10 @@ def _open_exported(candidate: Candidate, row: dict[str, Any], images: Tensor) ->
     assert candidate.exported is not None
     network = open_exported(candidate.exported, str(images.device), torch.get_num_threads())
     row.update(runtime=RUNTIME_OF[network.artifact.format], precision=network.artifact.precision, form="exported")
-    row.update(num_params=None, num_macs=None, output_error=None)
+    with torch.device("meta"):
+        info = network.artifact.info
+        cost = model_cost(build_model(info.model, **own_args(info.model_args)), (images.shape[-2], images.shape[-1]))
+    row.update(num_params=cost.num_params, num_macs=cost.num_macs, output_error=None)
     network(images)
     return Entry(row, lambda: network(images))
 
@@ -217,9 +225,7 @@ def measure(
         row["median_seconds"] = median
         row["images_per_second"] = row["batch_size"] / median
         row["ratio"] = ratio_to(seconds.get(peer_name), samples)
-        row["gflops"] = row["peak_fraction"] = None
-        if row["num_macs"]:
-            row["gflops"] = 2e-9 * row["num_macs"] * row["batch_size"] / median
-            if found := peaks.get(row["precision"]):
-                row["peak_fraction"] = row["gflops"] / found["gflops"]
+        row["gflops"] = 2e-9 * row["num_macs"] * row["batch_size"] / median
+        found = peaks.get(row["precision"])
+        row["peak_fraction"] = found and row["gflops"] / found["gflops"]
     return [entry.row for entry in entries]

@@ -1,6 +1,8 @@
 """How fast this machine multiplies matrices: what the speed of a network can be held against."""
 
 import time
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -31,16 +33,18 @@ class _Product(nn.Module):
 
 
 def matmul_peaks(
-    runtimes: tuple[str, ...], precision: str, device: torch.device, sizes: tuple[int, ...] | None = None
+    runtimes: Sequence[str], precision: str, device: torch.device, sizes: Sequence[int] | None = None
 ) -> dict[str, Any]:
     """The fastest product of two square matrices in ``precision``: of all sizes, with PyTorch and ``runtimes``.
+
+    Those of "int8", which exported files may have, are PyTorch's alone: ``torch._int_mm``.
 
     Returns:
         "gflops" in 10⁹ floating-point operations a second, two for each multiply-accumulate; "runtime" and "size" that
         it was reached with; "all" that were tried, as {runtime: {size: gflops}}.
     """
     names = [
-        name for name in MULTIPLIERS if precision in RUNTIMES[name].precisions and (name == "eager" or name in runtimes)
+        name for name in MULTIPLIERS if name == "eager" or (name in runtimes and precision in RUNTIMES[name].precisions)
     ]
     found: dict[str, dict[int, float]] = {name: {} for name in names}
     sizes = sizes or (CPU_SIZES if device.type == "cpu" else GPU_SIZES)
@@ -49,13 +53,22 @@ def matmul_peaks(
         for name, side in progress(pairs, desc=f"Measuring matrix products in {precision}", unit="size"):
             if min(found[name].values(), default=1.0) < 1:
                 continue  # no instructions for it: larger ones would take minutes
-            runtime = RUNTIMES[name]
-            path = Path(folder) / f"{name}{side}{runtime.suffix}"
-            x = torch.randn(1, 3, side, side, device=device)
-            runtime.save(_Product(side), x, path, precision)
-            found[name][side] = 3 * 2e-9 * side**3 / _fastest(runtime.open(path, x, precision), device)
+            run = _products(name, precision, side, device, Path(folder))
+            found[name][side] = 3 * 2e-9 * side**3 / _fastest(run, device)
     gflops, runtime_name, side = max((value, name, side) for name in found for side, value in found[name].items())
     return {"gflops": gflops, "runtime": runtime_name, "size": side, "all": found}
+
+
+def _products(name: str, precision: str, side: int, device: torch.device, folder: Path) -> Run:
+    """What `_Product` does, in the runtime of that name and a precision, of random matrices."""
+    if precision == "int8":
+        a, b = (torch.randint(-128, 128, (rows, side), dtype=torch.int8, device=device) for rows in (3 * side, side))
+        return partial(torch._int_mm, a, b)
+    runtime = RUNTIMES[name]
+    path = folder / f"{name}{side}{runtime.suffix}"
+    x = torch.randn(1, 3, side, side, device=device)
+    runtime.save(_Product(side), x, path, precision)
+    return runtime.open(path, x, precision)
 
 
 def _fastest(run: Run, device: torch.device, min_seconds: float = 0.3, min_calls: int = 3) -> float:

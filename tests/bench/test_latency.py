@@ -75,10 +75,12 @@ def test_an_exported_file_runs_as_it_is(tmp_path: Path) -> None:
     info = ModelInfo("qtvit_nano", {"num_classes": 2}, ["a", "b"], {"size": [32, 32]})
     file = tmp_path / "model.onnx"
     write(build_model("qtvit_nano", num_classes=2).eval(), Artifact(info, "onnx", "fp32", ()), file)
-    result = bench_latency(["qtvit_nano"], str(file), img_sizes=[(32, 32), (64, 64)], rounds=2, peak=False)
+    result = bench_latency(["qtvit_nano"], str(file), img_sizes=[(32, 32), (64, 64)], rounds=2)
     found = {row["model"]: row for row in result["rows"] if row["img_size"] == [32, 32]}
     assert (found[str(file)]["runtime"], found[str(file)]["precision"]) == ("onnxruntime", "fp32")
     assert found[str(file)]["form"] == "exported"
+    assert found[str(file)]["num_macs"] < found["qtvit_nano"]["num_macs"]  # it has two classes
+    assert found[str(file)]["peak_fraction"] > 0
     assert found["qtvit_nano"]["ratio"] is not None  # to the exported peer, whatever that runs in
     (left_out,) = result["failed"]
     assert left_out["model"] == str(file)

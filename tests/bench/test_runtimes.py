@@ -80,8 +80,9 @@ def test_peaks_are_the_best_of_all(speeds: list[float], tried: list[int], monkey
     assert found["runtime"] == "eager"
 
 
-def test_a_product_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = matmul_peaks(("eager",), "bf16", CPU, sizes=(16,))
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16", "int8"])
+def test_products_are_timed(precision: str) -> None:
+    found = matmul_peaks(("eager",), precision, CPU, sizes=(16,))
     assert found["gflops"] == found["all"]["eager"][16] > 0
 
 
