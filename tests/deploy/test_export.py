@@ -21,7 +21,7 @@ from qtvit.checkpoints import BEST, load_model
 from qtvit.deploy import export as export_module
 from qtvit.deploy import fuse
 from qtvit.deploy.artifact import FORMATS, PRECISIONS, Artifact
-from qtvit.deploy.export import RANDOM, default_path, export_model
+from qtvit.deploy.export import RANDOM, Export, default_path, export_model
 from qtvit.deploy.formats import write
 from qtvit.deploy.runtimes import open_exported
 from qtvit.layers import MultiScaleAttention
@@ -31,6 +31,7 @@ from qtvit_cli import main
 from .conftest import CLASSES, save_tiny
 
 ROOT = Path(__file__).parents[2]
+Exporting = Callable[[str, str], Export]
 FLOATS = [(name, precision) for name in FORMATS for precision in PRECISIONS[name] if precision != "int8"]
 
 
@@ -55,23 +56,25 @@ def read_all(file: Path) -> bytes:
 
 
 @pytest.mark.parametrize(("format", "precision"), FLOATS)
-def test_a_file_predicts_what_its_run_does(format: str, precision: str, tiny_run: Path, photos: Path) -> None:
-    done = export_model(tiny_run, format=format, precision=precision)
-    file = done.files[0]
-    assert file == default_path(tiny_run, format, precision)
-    assert {path.name for path in tiny_run.iterdir()} == {BEST, *(path.name for path in done.files)}
-    assert file.stat().st_mode == (tiny_run / BEST).stat().st_mode
-    run, exported = qtvit.load(tiny_run, device="cpu"), qtvit.load(file, threads=1)
+def test_a_file_predicts_what_its_run_does(
+    format: str, precision: str, exported: Exporting, tiny: None, photos: Path
+) -> None:
+    done = exported(format, precision)
+    file, folder = done.files[0], done.files[0].parent
+    assert file == default_path(folder, format, precision)
+    assert {path.name for path in folder.iterdir()} == {BEST, *(path.name for path in done.files)}
+    assert file.stat().st_mode == (folder / BEST).stat().st_mode
+    run, loaded = qtvit.load(folder, device="cpu"), qtvit.load(file, threads=1)
     images = sorted(photos.rglob("*.png"))
     tolerance = {"fp32": 1e-5, "fp16": 0.01, "bf16": 0.05}[precision]
-    for one, other in zip(run.predict(images), exported.predict(images, batch_size=5), strict=True):
+    for one, other in zip(run.predict(images), loaded.predict(images, batch_size=5), strict=True):
         assert other.label == one.label
         assert other.probability == pytest.approx(one.probability, abs=tolerance)
-    assert (exported.classes, exported.preprocess, exported.device.type) == (run.classes, run.preprocess, "cpu")
+    assert (loaded.classes, loaded.preprocess, loaded.device.type) == (run.classes, run.preprocess, "cpu")
     content = read_all(file)
     assert str(ROOT).encode() not in content
     assert b"site-packages" not in content
-    exported.close()
+    loaded.close()
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -108,15 +111,15 @@ def test_a_fixed_batch_and_size(format: str, tiny_run: Path) -> None:
         exported(pixels(1, 24, 16)[0])
 
 
-def test_the_description_in_the_file(tiny_run: Path) -> None:
-    done = export_model(tiny_run, precision="fp16", img_size=(24, 16), dynamic=[])
+def test_the_description_in_the_file(exported: Exporting) -> None:
+    done = exported("onnx", "fp16")
     entries = {entry.key: entry.value for entry in onnx.load(done.files[0]).metadata_props}
     stored = json.loads(entries["qtvit"])
     assert {name: stored[name] for name in ("format", "precision", "dynamic", "img_size", "version")} == {
         "format": "onnx",
         "precision": "fp16",
-        "dynamic": [],
-        "img_size": [24, 16],
+        "dynamic": ["batch"],
+        "img_size": [16, 20],
         "version": __version__,
     }
     assert (stored["info"]["classes"], stored["info"]["preprocess"]["crop_pct"]) == (CLASSES, 0.9)
@@ -127,8 +130,8 @@ def test_the_description_in_the_file(tiny_run: Path) -> None:
         Artifact.from_json(json.dumps({**stored, "shape": 3}), Path("m.onnx"))
 
 
-def test_attention_is_typed_fp32_in_half_precision(tiny_run: Path) -> None:
-    model = onnx.load(export_model(tiny_run, precision="fp16").files[0])
+def test_attention_is_typed_fp32_in_half_precision(exported: Exporting) -> None:
+    model = onnx.load(exported("onnx", "fp16").files[0])
     types = {v.name: v.type.tensor_type.elem_type for v in (*model.graph.value_info, *model.graph.output)}
     seen = set()
     for node in model.graph.node:
@@ -142,8 +145,8 @@ def test_attention_is_typed_fp32_in_half_precision(tiny_run: Path) -> None:
 
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
-def test_openvino_runs_attention_in_fp32_even_when_it_is_told_otherwise(precision: str, tiny_run: Path) -> None:
-    file = export_model(tiny_run, format="openvino", precision=precision).files[0]
+def test_openvino_runs_attention_in_fp32_even_when_it_is_told_otherwise(precision: str, exported: Exporting) -> None:
+    file = exported("openvino", precision).files[0]
     core = openvino.Core()
     half = {"fp16": openvino.Type.f16, "bf16": openvino.Type.bf16}[precision]
     model = core.read_model(file)
@@ -179,8 +182,8 @@ def strain(layer: MultiScaleAttention, inputs: tuple[Tensor]) -> None:
         getattr(layer.shortcut_norm, name).mul_(scale**power)
 
 
-@pytest.mark.parametrize(("format", "precision"), [item for item in FLOATS if item[1] != "fp32"])
-def test_token_sums_beyond_fp16(format: str, precision: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("format", ["openvino", "torch"])  # ONNX Runtime computes in fp32 on the CPU
+def test_token_sums_beyond_fp16(format: str, tmp_path: Path) -> None:
     network: Any
     network, info = load_model("nano-cifar10")
     del network.stages[1][2], network.stages[2]  # one attention layer is enough
@@ -189,8 +192,8 @@ def test_token_sums_beyond_fp16(format: str, precision: str, tmp_path: Path) -> 
     with network.stages[1][1].attn.register_forward_pre_hook(strain), torch.no_grad():
         network(images)
     file = tmp_path / f"strained{FORMATS[format]}"
-    write(fuse(network, (32, 32)), Artifact(info, format, precision), file)
-    assert difference(file, network, images) < {"fp16": 0.01, "bf16": 0.05}[precision]
+    write(fuse(network, (32, 32)), Artifact(info, format, "fp16"), file)
+    assert difference(file, network, images) < 0.01
 
 
 def test_queries_that_match_nothing(tiny: None, tmp_path: Path, randomize: Callable[..., nn.Module]) -> None:
@@ -216,14 +219,12 @@ def test_a_file_that_fails_its_check_is_not_kept(
         return fused
 
     monkeypatch.setattr(export_module, "fuse", spoil)
-    for format in ("openvino", "torch"):
-        assert main(["export", str(tiny_run), "--format", format]) == 2
-        error = capsys.readouterr().err
-        assert re.fullmatch(
-            r"qtvit: error: not exported: the fp32 file for [\w ]+ failed its check: its logits differ by 0\.01 at "
-            r"16x20 in batches of 8, with a largest logit of [\d.]+; allowed is 0\.0001 of that\n",
-            error,
-        )
+    assert main(["export", str(tiny_run), "--format", "openvino"]) == 2
+    assert re.fullmatch(
+        r"qtvit: error: not exported: the fp32 file for OpenVINO failed its check: its logits differ by 0\.01 at "
+        r"16x20 in batches of 8, with a largest logit of [\d.]+; allowed is 0\.0001 of that\n",
+        capsys.readouterr().err,
+    )
     assert [path.name for path in tiny_run.iterdir()] == [BEST]
 
 
