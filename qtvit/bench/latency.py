@@ -8,6 +8,7 @@ import itertools
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory, mkdtemp
 from typing import Any
@@ -181,7 +182,11 @@ def _open(candidate: Candidate, row: dict[str, Any], images: Tensor, path: Path,
     runtime, precision, img_size = row["runtime"], row["precision"], (images.shape[-2], images.shape[-1])
     form = candidate.measured(img_size)
     RUNTIMES[runtime].save(form, images, path, precision)
-    run = RUNTIMES[runtime].open(path, images, precision)
+    open_network = partial(RUNTIMES[runtime].open, path, images, precision)
+    if memory and images.device.type == "cuda":
+        run, row["peak_bytes"] = peak_cuda_memory(open_network, images.device)
+    else:
+        run = open_network()
     with torch.inference_mode():
         expected = copy.deepcopy(candidate.module).to(images.device)(images)
     difference = (run().float() - expected).abs().max() / expected.abs().max()
@@ -190,11 +195,8 @@ def _open(candidate: Candidate, row: dict[str, Any], images: Tensor, path: Path,
     row["num_params"] = sum(p.numel() for p in candidate.module.parameters())
     row["num_macs"] = candidate.num_macs(form, img_size)
     row["output_error"] = difference.item() if difference.isfinite() else None
-    if memory:
-        if images.device.type == "cuda":
-            row["peak_bytes"] = peak_cuda_memory(run, images.device)
-        else:
-            row["peak_bytes"] = peak_memory(path, runtime, precision, tuple(images.shape))
+    if memory and images.device.type == "cpu":
+        row["peak_bytes"] = peak_memory(path, runtime, precision, tuple(images.shape))
     return Entry(row, run)
 
 

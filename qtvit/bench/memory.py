@@ -6,6 +6,7 @@ import importlib
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -34,15 +35,16 @@ def peak_memory(path: Path, runtime: str, precision: str, shape: tuple[int, ...]
     return int(done.stdout.split()[-1])
 
 
-def peak_cuda_memory(run: Run, device: torch.device) -> int:
-    """Bytes of the GPU that are in use at the most during a run, beyond those of other networks."""
-    run()
+def peak_cuda_memory(open_network: Callable[[], Run], device: torch.device) -> tuple[Run, int]:
+    """What ``open_network`` gives, and the bytes of the GPU that it needs at the most to run, weights included."""
+    before = torch.cuda.memory_allocated(device)
+    run = open_network()
+    run()  # compilers and libraries take more the first time
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
-    before = torch.cuda.memory_allocated(device)
     run()
     torch.cuda.synchronize(device)
-    return torch.cuda.max_memory_allocated(device) - before
+    return run, torch.cuda.max_memory_allocated(device) - before
 
 
 def _largest() -> int | None:
