@@ -43,7 +43,8 @@ class ModelInfo:
         preprocess: fields of ``qtvit.data.Preprocess``.
         metrics: scores on the held-out images.
         split: how images were held out from training, see `qtvit.data.LabelledImages`; empty if they came apart.
-        task: "classify".
+        task: "classify", "detect" or "segment".
+        task_args: what the task's network was built with besides: its heads, the ids of its categories.
         source: the file that converted weights came from, and whose they were; empty if they were trained here.
         version: of the qtvit that wrote it.
     """
@@ -55,6 +56,7 @@ class ModelInfo:
     metrics: dict[str, float] = field(default_factory=dict)
     split: dict[str, Any] = field(default_factory=dict)
     task: str = "classify"
+    task_args: dict[str, Any] = field(default_factory=dict)
     source: str = ""
     version: str = ""
 

@@ -13,10 +13,8 @@ from qtvit.errors import some
 from .broken import for_each_image
 from .classification import VAL_FOLDERS, class_folders, data_folder, find_train_folder, find_val_folder
 from .images import ImageFile, find_files, is_image, open_image, read_file
+from .problems import NUM_SHOWN, problem_lines, verdict
 from .shards import is_packed, read_index
-
-NUM_SHOWN = 10
-"""Entries of each list in the report."""
 
 
 @dataclass(frozen=True)
@@ -83,23 +81,20 @@ class DataReport:
     def lines(self) -> list[str]:
         """The report in words, `NUM_SHOWN` entries of each list."""
         lines = [line for split, summary in self.splits.items() for line in _summary_lines(split, summary)]
-        for title, entries in (
-            ("with class folders or shards", self.folders),
-            ("images that cannot be read", self.broken),
-            (f"images with a side below {self.min_side} px", self.tiny),
-            ("images in several classes", [_equal(group) for group in self.conflicts]),
-            ("images of val that are in train too", [_equal(group) for group in self.leaks]),
-            ("images several times in one class", [_equal(group) for group in self.duplicates]),
-        ):
-            if entries:
-                lines += [f"{len(entries)} problem{'s' * (len(entries) != 1)}: {title}"]
-                lines += [f"  {entry}" for entry in entries[:NUM_SHOWN]]
-                lines += [f"  and {len(entries) - NUM_SHOWN} more"] if len(entries) > NUM_SHOWN else []
+        lines += problem_lines(
+            {
+                "with class folders or shards": self.folders,
+                "images that cannot be read": self.broken,
+                f"images with a side below {self.min_side} px": self.tiny,
+                "images in several classes": [_equal(group) for group in self.conflicts],
+                "images of val that are in train too": [_equal(group) for group in self.leaks],
+                "images several times in one class": [_equal(group) for group in self.duplicates],
+            }
+        )
         if self.other_files:
             counts = ", ".join(f"{count} {suffix or 'without suffix'}" for suffix, count in self.other_files.items())
             lines.append(f"ignored, as no images by their names: {counts}")
-        lines.append(f"{self.num_problems or 'no'} problem{'s' * (self.num_problems != 1)} found")
-        return lines
+        return [*lines, verdict(self.num_problems)]
 
 
 class _Scan:
