@@ -41,14 +41,15 @@ def train_classifier(**options: Any) -> RunSummary | None:
     """``qtvit train classify`` with its options as keyword arguments, those of a group as a dictionary.
 
     ``train_classifier(data="photos", model="qtvit_1", epochs=50, optim={"layer_decay": 0.8})``; see
-    `qtvit.training.config.TrainConfig` for all of them, besides ``recipe``. Under ``torchrun``, None for all processes
-    but the first.
+    `qtvit.training.classify_config.ClassifyConfig` for all of them, besides ``recipe``. Under ``torchrun``, None for
+    all processes but the first.
 
     Raises:
         ValueError, FileNotFoundError: as the command's errors.
         KeyboardInterrupt: the user pressed Ctrl-C; the message says how to go on.
     """
     from .training.classify import run_training
-    from .training.config import train_config
+    from .training.classify_config import ClassifyConfig
+    from .training.options import make_config
 
-    return run_training(train_config(**options))
+    return run_training(make_config(ClassifyConfig, **options))

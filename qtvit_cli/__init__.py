@@ -14,7 +14,7 @@ from typing import Any
 from .bench import add_bench
 from .data import add_data
 from .deploy import add_deploy
-from .train import ablate, add_train, train_classify
+from .train import add_train
 from .use import add_use
 from .weights import add_weights
 
@@ -30,13 +30,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     quiet = "--quiet" in argv or not first  # of torchrun's processes, one speaks
     args, rest = _parser().parse_known_args([arg for arg in argv if arg not in ("--debug", "--quiet")])
     args.rest, args.argv = rest, argv
-    if rest and args.command not in (train_classify, ablate):
+    if rest and not getattr(args, "own_options", False):
         _parser().error(f"unrecognized arguments: {' '.join(rest)}")
     try:
         from qtvit import console
 
         with console.quiet(quiet):
-            return args.command(rest if args.command == train_classify else args) or 0
+            return args.command(args) or 0
     except KeyboardInterrupt as stop:
         if first:
             print(str(stop) or "interrupted", file=sys.stderr)

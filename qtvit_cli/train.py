@@ -7,7 +7,10 @@ from typing import TYPE_CHECKING
 from .common import Commands, command_name, positive
 
 if TYPE_CHECKING:
-    from qtvit.training.classify import RunSummary
+    from qtvit.training.job import Summary
+
+TASKS = {"classify": "image classification"}
+"""What can be trained, and what that is."""
 
 
 def add_train(commands: Commands) -> None:
@@ -19,8 +22,8 @@ def add_train(commands: Commands) -> None:
 
     train = commands.add_parser("train", help="train a model on your images")
     tasks = train.add_subparsers(metavar="TASK", required=True)
-    classify = tasks.add_parser("classify", help="image classification", add_help=False)
-    classify.set_defaults(command=train_classify)
+    for task, what in TASKS.items():
+        tasks.add_parser(task, help=what, add_help=False).set_defaults(command=train_task, task=task, own_options=True)
 
     ablation = commands.add_parser(
         "ablate",
@@ -36,32 +39,30 @@ def add_train(commands: Commands) -> None:
     ablation.add_argument("--seeds", type=positive, default=3, help="trains with seeds 0 to SEEDS - 1 (default: 3)")
     ablation.add_argument("--rows", metavar="A,B,…", help="some rows of the table; the default row is always trained")
     ablation.add_argument("--output", metavar="FOLDER", help="default: runs/ablate-TABLE-MODEL-DATA")
-    ablation.set_defaults(command=ablate)
+    ablation.set_defaults(command=ablate, own_options=True)
 
 
-def train_classify(argv: list[str]) -> None:
-    """``qtvit train classify``; its options are the fields of ``qtvit.training.config.TrainConfig``."""
-    from qtvit.training.config import parse_config
+def train_task(args: argparse.Namespace) -> None:
+    """``qtvit train TASK``; its options are the fields of the task's configuration, such as
+    ``qtvit.training.classify_config.ClassifyConfig``.
+    """
+    from qtvit.training.options import parse_config
+    from qtvit.training.tasks import config_class, run_task
 
-    config = parse_config(argv)
-
-    from qtvit.training.classify import run_training
-
-    summary = run_training(config)
-    if summary is not None:
-        _print_summary(summary)
+    _print_summary(run_task(parse_config(args.rest, config_class(args.task))))
 
 
 def quickstart(args: argparse.Namespace) -> None:
     """``qtvit quickstart``."""
-    from qtvit.training.classify import run_training
-    from qtvit.training.config import parse_config
+    from qtvit.training.options import parse_config
+    from qtvit.training.tasks import config_class, run_task
 
     output = ["--output", args.output] if args.output else []
-    summary = run_training(parse_config(["--recipe", "quickstart", "--device", args.device, *output]))
+    argv = ["--recipe", "quickstart", "--device", args.device, *output]
+    summary = run_task(parse_config(argv, config_class("classify")))
+    _print_summary(summary)
     if summary is None:
         return
-    _print_summary(summary)
     command = command_name()
     print(
         f"""
@@ -98,16 +99,9 @@ def ablate(args: argparse.Namespace) -> None:
     print(f"results: {ablation.folder}/results.json, results.md, results.png")
 
 
-def _print_summary(summary: "RunSummary") -> None:
-    top5 = f" (top-5 {summary.top5:.2f} %)" if summary.top5 < 100 else ""
-    print(
-        f"""
-Done: {summary.run}
-  top-1        {summary.top1:.2f} % on the held-out images{top5}
-  parameters   {summary.num_params / 1e6:.2f} M
-  MACs         {summary.num_macs / 1e6:.1f} M per image
-  speed        {summary.images_per_second:.0f} images/s (forward pass on the training device)
-  training     {summary.train_seconds:.0f} s
-  files        best.safetensors (the model), curves, confusion, calibration, mistakes and predictions as .png,
-               summary.json, scores.json, per_class.csv, config.yaml"""
-    )
+def _print_summary(summary: "Summary | None") -> None:
+    """Of processes under torchrun, the first one has a summary."""
+    if summary is not None:
+        print(f"\nDone: {summary.run}")
+        for name, text in summary.lines():
+            print(f"  {name:<12} {text}")

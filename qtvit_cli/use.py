@@ -89,7 +89,7 @@ def evaluate(args: argparse.Namespace) -> None:
     """``qtvit eval``."""
     from qtvit import console
     from qtvit.data import DIGITS, drop_broken
-    from qtvit.deploy import Predictor
+    from qtvit.deploy import ClassPredictor
     from qtvit.deploy.held_out import held_out_samples
     from qtvit.errors import some
     from qtvit.training.evaluate import evaluate as run_evaluation
@@ -99,7 +99,7 @@ def evaluate(args: argparse.Namespace) -> None:
     make_parent(args.json)
     num_workers = default_workers(args.data == DIGITS) if args.num_workers is None else args.num_workers
     set_threads(None, num_workers)
-    predictor = Predictor.load(args.run, args.device)
+    predictor = ClassPredictor.load(args.run, args.device)
     samples, which = held_out_samples(args.data, predictor.info)
     folder = create_run_folder(args.output, f"eval-{run_name(args.run)}-{Path(args.data).resolve().name}")
     with clean_up(folder):
@@ -123,11 +123,11 @@ def predict(args: argparse.Namespace) -> None:
     """``qtvit predict``."""
     from qtvit import console
     from qtvit.data import open_image
-    from qtvit.deploy import Predictor
+    from qtvit.deploy import ClassPredictor
     from qtvit.deploy.annotate import FolderWriter, SheetWriter, shorten
     from qtvit.errors import some
 
-    predictor = Predictor.load(args.run, args.device, args.threads)
+    predictor = ClassPredictor.load(args.run, args.device, args.threads)
     files = _find_files(args.images)
     writer: FolderWriter | SheetWriter | None = None
     if args.save:

@@ -14,7 +14,7 @@ from timm.data import ImageNetInfo, resolve_model_data_config
 from torch import Tensor, nn
 
 from qtvit.files import replacing
-from qtvit.models import ARCHITECTURES, SHIPPED_WEIGHTS, QTViT, build_model
+from qtvit.models import ARCHITECTURES, SHIPPED_WEIGHTS, QTViT, build_model, build_task_model
 from qtvit.models.foreign import kernel_mismatch, rename_keys, take_over
 from qtvit.version import __version__
 
@@ -126,7 +126,7 @@ def load_model(path: str | Path, *, swap_kernel: bool = False, **model_args: Any
     elif is_ours and kernel not in (None, trained):
         raise ValueError(f"{path}: its {info.model} was trained with kernel {trained}, not {kernel}")
     info = dataclasses.replace(info, model_args={**known_args, **model_args})
-    model: Any = build_model(info.model, **info.model_args)
+    model: Any = build_task_model(info.task, info.model, info.model_args, info.task_args)
     if swap_kernel:
         state_dict = take_over(state_dict, model)
     elif isinstance(model, QTViT) and (mismatch := kernel_mismatch(state_dict, model.kernel)):

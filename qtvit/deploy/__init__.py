@@ -1,6 +1,6 @@
 """Using a trained model."""
 
 from .fuse import fuse
-from .predictor import Prediction, Predictor
+from .predictor import ClassPredictor, Prediction, Predictor
 
-__all__ = ["Prediction", "Predictor", "fuse"]
+__all__ = ["ClassPredictor", "Prediction", "Predictor", "fuse"]

@@ -28,7 +28,7 @@ from .check import MAX_DROP, Gain, Report, check, synthetic_images, time_in_turn
 from .formats import REQUIRED, write
 from .fuse import fuse
 from .held_out import held_out_samples
-from .predictor import Predictor
+from .predictor import ClassPredictor
 from .quantize import write_int8
 from .runtimes import Exported, open_exported
 
@@ -101,7 +101,7 @@ def export_model(
     size = img_size or tuple(info.preprocess["size"])
     check_img_size(network, size, "--img-size")
     info = dataclasses.replace(info, preprocess={**info.preprocess, "size": list(size)})
-    predictor = Predictor(network, info, "cpu")
+    predictor = ClassPredictor(network, info, "cpu")
     artifact = Artifact(info, format, precision, dynamic)
     calibration_images = None if calibration is None else _calibration_images(calibration)
     images, labels, which = _check_images(artifact, data, calibration_images)

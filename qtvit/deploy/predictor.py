@@ -1,15 +1,18 @@
-"""From pictures to labels."""
+"""From pictures to what a model makes of them."""
 
 import os
+from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import overload
+from typing import Any, ClassVar, Generic, TypeVar, overload
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from qtvit.checkpoints import ModelInfo, load_model
@@ -21,6 +24,10 @@ from .runtimes import Network, Runtime, open_exported
 
 DECODERS = max(2, min(8, os.cpu_count() or 1))
 """Threads that read images ahead; PIL decodes and resizes without Python's lock."""
+
+P = TypeVar("P")
+T = TypeVar("T")
+OfTask = TypeVar("OfTask", bound="Predictor[Any]")
 
 
 @dataclass(frozen=True)
@@ -49,8 +56,8 @@ class Prediction:
         return ", ".join(f"{name} {p:.1%}" for name, p in zip(self.labels, self.probabilities, strict=True))
 
 
-class Predictor:
-    """A trained classifier with its classes and preprocessing, in whatever runs it.
+class Predictor(ABC, Generic[P]):
+    """A trained model with its classes and preprocessing, in whatever runs it: from pictures to ``P``.
 
     Args:
         model: the network, or an exported file.
@@ -59,12 +66,15 @@ class Predictor:
         threads: of the CPU that the network may use; None leaves PyTorch's number.
 
     Attributes:
-        runtime: what maps pixels to logits.
+        runtime: what runs the network.
         classes: readable names (`qtvit.data.class_names`) in the order of the outputs.
 
     Raises:
-        ValueError: the model has no classifier, or is not for RGB images.
+        ValueError: the model has no classes, or is not for RGB images.
     """
+
+    task: ClassVar[str]
+    """As in ``qtvit train TASK``."""
 
     def __init__(
         self, model: nn.Module | Runtime, info: ModelInfo, device: str = "auto", threads: int | None = None
@@ -76,20 +86,30 @@ class Predictor:
         self.runtime = model if isinstance(model, Runtime) else Network(model, resolve_device(device), threads)
         self.info = info
         self.classes = class_names(info.classes)
-        self.preprocess = Preprocess(**info.preprocess)
 
     @classmethod
-    def load(cls, path: str | Path, device: str = "auto", threads: int | None = None) -> "Predictor":
+    def load(cls: type[OfTask], path: str | Path, device: str = "auto", threads: int | None = None) -> OfTask:
         """The model of a run folder, model file or weights file, or an exported one (.onnx, .xml, .pt2).
 
+        Called on `Predictor` itself, it returns that of the model's task.
+
         Raises:
-            FileNotFoundError, ValueError: as `qtvit.checkpoints.load_model` and `qtvit.deploy.runtimes.Exported`.
+            FileNotFoundError, ValueError: as `qtvit.checkpoints.load_model` and `qtvit.deploy.runtimes.Exported`; or
+                the model is for another task than this class.
             ModuleNotFoundError: what runs the exported file is not installed.
         """
+        model: nn.Module | Runtime
         if format_of(path):
-            exported = open_exported(path, device, threads)
-            return cls(exported, exported.artifact.info)
-        return cls(*load_model(path), device, threads)
+            model = open_exported(path, device, threads)
+            info = model.artifact.info
+        else:
+            model, info = load_model(path)
+        fitting = [found for found in (cls, *cls.__subclasses__()) if getattr(found, "task", None) == info.task]
+        if not fitting:
+            raise ValueError(
+                f"{path}: its {info.model} was trained to {info.task}, and a model to {cls.task} is needed"
+            )
+        return fitting[0](model, info, device, threads)
 
     @property
     def device(self) -> torch.device:
@@ -106,6 +126,47 @@ class Predictor:
     def close(self) -> None:
         """Free what the runtime holds; it cannot predict any more."""
         self.runtime.close()
+
+    @abstractmethod
+    def predict(self, images: Any, *args: Any, **options: Any) -> Any:
+        """The ``P`` of an image, or a list of those of a list of images; options differ by task."""
+
+    def _iterate(
+        self,
+        images: Sequence[ImageSource],
+        batch_size: int,
+        skip_broken: bool,
+        prepare: Callable[[Image.Image], T],
+        run: Callable[[list[T]], list[P]],
+    ) -> Iterator[P | None]:
+        """What ``run`` makes of each image, in batches of what ``prepare`` makes of them.
+
+        While a batch is in the network, threads read the next ones. With ``skip_broken``, None for an image that cannot
+        be read.
+        """
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be 1 or more, got {batch_size}")
+        ahead = _read_ahead(images, prepare, 2 * batch_size, skip_broken)
+        while batch := list(islice(ahead, batch_size)):
+            readable = [item for item in batch if item is not None]
+            found = iter(run(readable) if readable else [])
+            yield from (None if item is None else next(found) for item in batch)
+
+
+class ClassPredictor(Predictor[Prediction]):
+    """A trained classifier, see `Predictor`.
+
+    Attributes:
+        preprocess: its evaluation protocol.
+    """
+
+    task = "classify"
+
+    def __init__(
+        self, model: nn.Module | Runtime, info: ModelInfo, device: str = "auto", threads: int | None = None
+    ) -> None:
+        super().__init__(model, info, device, threads)
+        self.preprocess = Preprocess(**info.preprocess)
 
     @overload
     def predict(self, images: ImageSource, top_k: int = 5, batch_size: int = 32) -> Prediction: ...
@@ -136,22 +197,15 @@ class Predictor:
     def iter_predict(
         self, images: Sequence[ImageSource], top_k: int = 5, batch_size: int = 32, *, skip_broken: bool = False
     ) -> Iterator[Prediction | None]:
-        """As `predict`, one result at a time; with ``skip_broken``, None for an image that cannot be read.
-
-        While a batch is in the network, threads read the next ones.
-        """
-        if top_k < 1 or batch_size < 1:
-            raise ValueError(f"top_k and batch_size must be 1 or more, got {top_k} and {batch_size}")
-        top_k = min(top_k, len(self.classes))
-        ahead = _read_ahead(images, self.preprocess, 2 * batch_size, skip_broken)
-        while batch := list(islice(ahead, batch_size)):
-            readable = [pixels for pixels in batch if pixels is not None]
-            found = iter(self._label(torch.stack(readable), top_k) if readable else [])
-            yield from (None if pixels is None else next(found) for pixels in batch)
+        """As `predict`, one result at a time; with ``skip_broken``, None for an image that cannot be read."""
+        if top_k < 1:
+            raise ValueError(f"top_k must be 1 or more, got {top_k}")
+        label = partial(self._label, top_k=min(top_k, len(self.classes)))
+        return self._iterate(images, batch_size, skip_broken, self.preprocess.transform(), label)
 
     @torch.inference_mode()
-    def _label(self, pixels: Tensor, top_k: int) -> list[Prediction]:
-        top = self.runtime(pixels.to(self.device)).softmax(-1).cpu().topk(top_k)
+    def _label(self, pixels: list[Tensor], top_k: int) -> list[Prediction]:
+        top = self.runtime(torch.stack(pixels).to(self.device)).softmax(-1).cpu().topk(top_k)
         return [
             Prediction(tuple(self.classes[i] for i in indices), tuple(values))
             for values, indices in zip(top.values.tolist(), top.indices.tolist(), strict=True)
@@ -159,21 +213,20 @@ class Predictor:
 
 
 def _read_ahead(
-    images: Sequence[ImageSource], preprocess: Preprocess, num_ahead: int, skip_broken: bool
-) -> Iterator[Tensor | None]:
-    """The network's input for each image, in order, while threads read up to ``num_ahead`` images further on."""
-    transform = preprocess.transform()
+    images: Sequence[ImageSource], prepare: Callable[[Image.Image], T], num_ahead: int, skip_broken: bool
+) -> Iterator[T | None]:
+    """What ``prepare`` makes of each image, in order, while threads read up to ``num_ahead`` images further on."""
 
-    def read(image: ImageSource) -> Tensor | None:
+    def read(image: ImageSource) -> T | None:
         try:
-            return transform(open_image(image))
+            return prepare(open_image(image))
         except (ValueError, OSError):
             if not skip_broken:
                 raise
             return None
 
     pool = ThreadPoolExecutor(min(DECODERS, len(images)) or 1, thread_name_prefix="qtvit-read")
-    waiting: deque[Future[Tensor | None]] = deque()
+    waiting: deque[Future[T | None]] = deque()
     try:
         for image in images:
             waiting.append(pool.submit(read, image))

@@ -24,7 +24,7 @@ from torchvision.transforms.v2 import functional as tvf
 from qtvit import console
 from qtvit.checkpoints import load_model
 from qtvit.data import ImageSource, Preprocess, class_names, open_image
-from qtvit.deploy import Prediction, Predictor
+from qtvit.deploy import ClassPredictor, Prediction
 from qtvit.device import resolve_device
 from qtvit.errors import unknown_name
 from qtvit.files import replacing
@@ -36,7 +36,7 @@ from qtvit.ops import attention_weights
 from .entropy import Focus, layer_focus
 from .points import Point, check_points
 
-Model = Predictor | nn.Module | str | Path
+Model = ClassPredictor | nn.Module | str | Path
 """A predictor, a network of ours, or what `qtvit.checkpoints.load_model` takes."""
 
 
@@ -234,7 +234,7 @@ def _resolve(model: Model, device: str) -> tuple[QTViT, Preprocess, list[str]]:
     """The network, its preprocessing and the readable names of its classes, as far as they are known."""
     network: Any
     name = ""
-    if isinstance(model, Predictor):
+    if isinstance(model, ClassPredictor):
         network, preprocess, classes = model.model, model.preprocess, model.classes
     elif isinstance(model, nn.Module):
         network = getattr(model, "_orig_mod", model)  # what torch.compile wraps

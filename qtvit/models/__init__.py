@@ -1,6 +1,6 @@
 """The network and its variants; importing this registers them with timm."""
 
-from .build import ModelCost, build_model, check_img_size, model_cost
+from .build import ModelCost, build_model, build_task_model, check_img_size, model_cost
 from .qtvit import ARCHITECTURES, PUBLISHED_ACCURACY, SHIPPED_WEIGHTS, Architecture, QTViT, Stage
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "QTViT",
     "Stage",
     "build_model",
+    "build_task_model",
     "check_img_size",
     "model_cost",
 ]

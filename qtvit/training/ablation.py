@@ -28,8 +28,11 @@ from qtvit.files import open_folder, write_text
 
 from .ablation_report import write_results
 from .ablation_tables import Table, get_table
-from .classify import SUMMARY, absolute, build_classifier, read_data, run_training
-from .config import DEFAULT_MODEL, RESUMABLE, TrainConfig, parse_config
+from .classify import absolute, build_classifier, read_data, run_training
+from .classify_config import ClassifyConfig
+from .config import DEFAULT_MODEL
+from .job import SUMMARY
+from .options import parse_config
 from .run import check_device
 from .table3 import table3_kernels
 
@@ -44,7 +47,7 @@ SET_BY_ABLATION = {
     "seed": "--seeds N trains with each of the seeds from 0 to N - 1",
     "resume": "the same command goes on",
 }
-MAY_CHANGE = {"seed", "output", *RESUMABLE} - {"data"}
+MAY_CHANGE = {"seed", "output", "resume", *ClassifyConfig.movable} - {"data"}
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,7 @@ class Ablation:
     """
 
     name: str
-    config: TrainConfig
+    config: ClassifyConfig
     folder: Path
     seeds: int
     rows: Sequence[str]
@@ -75,7 +78,7 @@ class Ablation:
         """The run folder of a row and seed."""
         return self.folder / f"{row}-seed{seed}"
 
-    def run_config(self, row: str, seed: int) -> TrainConfig:
+    def run_config(self, row: str, seed: int) -> ClassifyConfig:
         """How the row is trained with that seed."""
         model_args = {**self.config.model_args, **self.table.rows[row].model_args}
         return replace(self.config, seed=seed, output=str(self.run(row, seed)), model_args=model_args)
@@ -114,7 +117,7 @@ def plan_ablation(
             raise ValueError(f"--{option} is not an option of an ablation: {instead}")
     if processes()[1] > 1:
         raise ValueError("an ablation trains in one process; start the command several times, and they share the runs")
-    config = parse_config(list(argv))
+    config = parse_config(list(argv), ClassifyConfig)
     if config.early_stopping is not None:
         raise ValueError(
             f"--early-stopping {config.early_stopping} is not an option of an ablation, whose rows train for the same "
@@ -178,7 +181,12 @@ def _check_folder(ablation: Ablation) -> None:
         config = ablation.run(row, seed) / CONFIG
         if config.is_file():
             ours = _as_read(ablation.run_config(row, seed))
-            settled = {name for name, value in ours.items() if value is not None} - {"output", "img_size", *RESUMABLE}
+            settled = {name for name, value in ours.items() if value is not None} - {
+                "output",
+                "img_size",
+                "resume",
+                *ClassifyConfig.movable,
+            }
             remedy = "restore it, or remove its folder, and the same command trains this run again"
             _check_same(config, _read(config, yaml.safe_load, remedy), ours, settled | {"seed"}, remedy)
 
@@ -201,7 +209,7 @@ def _check_runs(ablation: Ablation, runs: Sequence[tuple[str, int]]) -> None:
     """
     config = replace(ablation.run_config(*runs[0]), on_bad_image="stop")  # or all images would be read
     check_device(config, resolve_device(config.device))
-    data = read_data(config, {}, world_size=1)
+    data = read_data(config, {})
     for row in dict.fromkeys(row for row, seed in runs if not _is_used(ablation.run(row, seed))):
         config = ablation.run_config(row, 0)
         has_weights = config.checkpoint is not None or config.model_args.keys() & set(WEIGHT_SOURCES)
@@ -232,7 +240,7 @@ def _settings(ablation: Ablation) -> dict[str, Any]:
     return {"table": ablation.name, **_as_read(ablation.config)}
 
 
-def _as_read(config: TrainConfig) -> dict[str, Any]:
+def _as_read(config: ClassifyConfig) -> dict[str, Any]:
     """``config`` as it is read from a file."""
     return json.loads(json.dumps(asdict(config)))
 
@@ -260,7 +268,7 @@ def _check_same(path: Path, theirs: dict[str, Any], ours: dict[str, Any], names:
     An option that is missing there may be younger than the file, and has its default, as when a run goes on.
     """
     written, ours = _flat(theirs), _flat(ours)
-    theirs = {**_flat(_as_read(TrainConfig(data=""))), **written}
+    theirs = {**_flat(_as_read(ClassifyConfig(data=""))), **written}
     for name in sorted(theirs.keys() | ours.keys()):
         top = name.partition(".")[0]
         if top in names and theirs.get(name) != ours.get(name):
@@ -357,9 +365,9 @@ def _train(ablation: Ablation, row: str, seed: int) -> None:
     if config.compile:
         torch.compiler.reset()  # or the graphs of many models count as recompilations of one
     if (run / CONFIG).is_file():
-        names = [name for name in RESUMABLE if name != "resume" and getattr(config, name) is not None]
+        names = [name for name in ClassifyConfig.movable if getattr(config, name) is not None]
         where = [f"--{name}={getattr(config, name)}" for name in names]
-        config = parse_config([f"--resume={run}", *where])
+        config = parse_config([f"--resume={run}", *where], ClassifyConfig)
     elif _is_used(run):
         raise ValueError(f"{run} has no {CONFIG} to go on with; remove it, and the same command trains this run again")
     elif run.is_dir():

@@ -131,8 +131,11 @@ class SaveState(Callback):
         self.stopping = False
 
     @contextmanager
-    def listening(self) -> Iterator[None]:
+    def listening(self, command: str) -> Iterator[None]:
         """Within this context, Ctrl-C is for this callback (in the main thread, where Python delivers it).
+
+        Args:
+            command: of qtvit that goes on with the run.
 
         Raises:
             Interrupted: it was pressed.
@@ -144,8 +147,8 @@ class SaveState(Callback):
         try:
             yield
         except _Stop:
-            command = "torchrun … -m qtvit" if processes()[1] > 1 else "qtvit"
-            saved = f"to go on:  {command} train classify --resume {self.run}"
+            qtvit = "torchrun … -m qtvit" if processes()[1] > 1 else "qtvit"
+            saved = f"to go on:  {qtvit} {command} --resume {self.run}"
             raise Interrupted(f"stopped; {saved if (self.run / LAST).exists() else 'nothing is saved yet'}") from None
         finally:
             signal.signal(signal.SIGINT, before)
@@ -247,7 +250,7 @@ class EstimateBatchNorm(Callback):
     the weights, if there is one; the trained weights beside it then get their running statistics back.
     """
 
-    def __init__(self, loader: Iterable[tuple[Tensor, Tensor]]) -> None:
+    def __init__(self, loader: Iterable[Any]) -> None:
         self.loader = loader
         self.running: dict[str, Tensor] = {}
 
@@ -269,10 +272,10 @@ class EstimateBatchNorm(Callback):
             norm.momentum = None  # the average over all batches
             norm.train()
         with trainer.precision_plugin.val_step_context():
-            for images, _ in self.loader:
-                images = images.to(pl_module.device).contiguous(memory_format=torch.channels_last)
+            for batch in self.loader:
+                batch = pl_module.transfer_batch_to_device(batch, pl_module.device, 0)
                 for network in networks:
-                    network.forward(images)
+                    pl_module.run_norms(network, batch)
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.eval()
             norm.momentum = momentum

@@ -2,17 +2,13 @@
 
 import json
 import math
-import random
-import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import lightning
 import timm
 import torch
-from lightning.pytorch.callbacks import Callback, EarlyStopping
 from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -21,7 +17,7 @@ from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
 from qtvit import console
-from qtvit.checkpoints import BEST, WEIGHT_SOURCES, ModelInfo, load_model, own_args
+from qtvit.checkpoints import WEIGHT_SOURCES, ModelInfo, load_model, own_args
 from qtvit.checkpoints.model_file import ATTENTION_ARGS
 from qtvit.data import (
     DIGITS,
@@ -32,34 +28,35 @@ from qtvit.data import (
     drop_broken,
     load_labelled_images,
 )
-from qtvit.data.sampling import EpochBatches, FirstBatches, SeededDataset, StreamBatches, even_batches, fixed_keys
-from qtvit.deploy import Predictor
-from qtvit.device import processes, resolve_device
+from qtvit.data.sampling import FirstBatches, StreamBatches
+from qtvit.deploy import ClassPredictor
+from qtvit.device import processes
 from qtvit.errors import some
 from qtvit.files import write_text
 from qtvit.models import ARCHITECTURES, build_model, check_img_size, model_cost
 
-from .callbacks import EpochLines, EstimateBatchNorm, EvaluateEvery, History, SaveBest, SaveState
-from .config import DEFAULT_MODEL, AugmentConfig, TrainConfig, save_config
+from .classify_config import AugmentConfig, ClassifyConfig
+from .config import DEFAULT_MODEL
 from .distill import Distillation, load_distillation
 from .evaluate import evaluate
-from .finite import StopAtNonFinite
+from .job import (
+    SUMMARY,
+    Job,
+    Loaders,
+    Speed,
+    Summary,
+    bn_plan,
+    check_counts,
+    loader_options,
+    make_loaders,
+    run_job,
+    with_workers,
+)
 from .mixing import mix, soft_targets
 from .plots import plot_curves
 from .report import write_report
-from .run import (
-    build_trainer,
-    check_device,
-    default_workers,
-    find_state,
-    ignore_interrupts,
-    open_run,
-    set_threads,
-)
 from .task import Task
 
-SUMMARY = "summary.json"
-"""Written last: a run that has it is complete."""
 EPOCH_COLUMNS = {
     "train/loss": "loss {:.4f}",
     "val/loss": "held-out loss {:.4f}",
@@ -69,8 +66,8 @@ EPOCH_COLUMNS = {
 
 
 @dataclass(frozen=True)
-class RunSummary:
-    """What a finished run has to say.
+class RunSummary(Summary):
+    """What a finished training of a classifier has to say.
 
     Attributes:
         run: the run folder.
@@ -82,7 +79,6 @@ class RunSummary:
             they were not measured.
     """
 
-    run: str
     top1: float
     top5: float
     num_params: int
@@ -90,6 +86,21 @@ class RunSummary:
     images_per_second: float
     train_seconds: float
     train_images_per_second: float | None
+
+    def lines(self) -> list[tuple[str, str]]:
+        top5 = f" (top-5 {self.top5:.2f} %)" if self.top5 < 100 else ""
+        return [
+            ("top-1", f"{self.top1:.2f} % on the held-out images{top5}"),
+            ("parameters", f"{self.num_params / 1e6:.2f} M"),
+            ("MACs", f"{self.num_macs / 1e6:.1f} M per image"),
+            ("speed", f"{self.images_per_second:.0f} images/s (forward pass on the training device)"),
+            ("training", f"{self.train_seconds:.0f} s"),
+            (
+                "files",
+                "best.safetensors (the model), curves, confusion, calibration, mistakes and predictions as .png,",
+            ),
+            ("", "summary.json, scores.json, per_class.csv, config.yaml"),
+        ]
 
 
 class Classifier(Task):
@@ -103,11 +114,13 @@ class Classifier(Task):
         distillation: from a teacher, or None.
     """
 
+    config: ClassifyConfig
+
     def __init__(
         self,
         model: nn.Module,
         num_classes: int,
-        config: TrainConfig,
+        config: ClassifyConfig,
         class_weights: Tensor | None = None,
         distillation: Distillation | None = None,
     ) -> None:
@@ -204,101 +217,85 @@ def class_weights(labels: Sequence[int], num_classes: int, how: str | None) -> T
     return len(labels) / (num_classes * counts.clamp_min(1)).float()
 
 
-def run_training(config: TrainConfig) -> RunSummary | None:
-    """Train as ``config`` says, and leave in the run folder the model file, logs, curves, scores and pictures.
+class ClassifyJob(Job[ClassifyConfig, RunSummary]):
+    """The training of a classifier."""
 
-    Under ``torchrun``, every process calls this; the first one writes, and gets the summary.
+    monitor = "val/top1"
+    score = "top-1"
+    columns = EPOCH_COLUMNS
 
-    Raises:
-        FileNotFoundError, ValueError: data, model, device, checkpoint or run that are not there or do not fit.
-        FloatingPointError: a loss or gradient is not finite.
-        Interrupted: the user pressed Ctrl-C; a KeyboardInterrupt that says how to go on.
-    """
-    device = resolve_device(config.device)
-    check_device(config, device)
-    rank, world_size = processes()
-    state, past = find_state(Path(config.resume), world_size) if config.resume else (None, {})
-    finished = past.get("finished", False)
-    if finished and (Path(config.resume or "") / SUMMARY).is_file():
-        raise ValueError(f"{config.resume} is finished; --checkpoint {config.resume} starts a new run from its weights")
-    data = read_data(config, past, world_size)
-    if config.num_workers is None:
-        config = replace(config, num_workers=default_workers(config.data == DIGITS))
-    if past.get("stream_workers") not in (None, config.num_workers):
-        raise ValueError(
-            f"--num-workers {config.num_workers} cannot change for a stream, whose order depends on it: "
-            f"{config.resume} had {past['stream_workers']}"
-        )
-    set_threads(config.num_threads, config.num_workers or 0)
-    lightning.seed_everything(config.seed, workers=True, verbose=False)
-    model, info = _build_again(past) if past else build_classifier(config, data)
-    config = replace(config, model=info.model)
-    image_size = Preprocess(**info.preprocess).size
-    sizes = (image_size, *config.augment.train_shapes())
-    for size in sizes:
-        check_img_size(model, size, "--img-size" if size == image_size else "--augment.train-sizes")
-    distillation = None if finished else load_distillation(config, model, info, sizes, past.get("teacher"))
-    weights = class_weights([label for _, label in data.train], len(data.classes), config.optim.class_weights)
-    model = model.to(memory_format=torch.channels_last)
-    task = Classifier(model, len(data.classes), config, weights, distillation)
-    batches, train_loader, val_loader, bn_loader = _loaders(config, data, Preprocess(**info.preprocess), device)
-
-    with open_run(config, f"{config.model}-{data.name}") as run:
-        if not past and rank == 0:
-            save_config(_resolved(config, info, device), run / "config.yaml")
-        console.say(
-            f"Training {config.model} on {data.name}: {len(data.classes)} classes, {len(data.train)} training and "
-            f"{len(data.val)} held-out images of {'x'.join(map(str, info.preprocess['size']))} px, on {device}"
-            f"{f', {world_size} processes' if world_size > 1 else ''}.\nRun folder: {run}"
-        )
-        history = History(run / "metrics.csv")
-        names = [source for source, _ in data.train]
-        callbacks: list[Callback] = [EvaluateEvery(config.eval_every), SaveBest(run / BEST, info, monitor="val/top1")]
-        callbacks.append(StopAtNonFinite(run, batches, names))
-        if bn_loader is not None:
-            callbacks.append(EstimateBatchNorm(bn_loader))
-        if config.early_stopping:
-            callbacks.append(
-                EarlyStopping("val/top1", mode="max", patience=config.early_stopping, check_on_train_epoch_end=False)
+    def __init__(self, config: ClassifyConfig, device: torch.device, past: dict[str, Any]) -> None:
+        self.data = data = read_data(config, past)
+        config = with_workers(config, config.data == DIGITS)
+        if past.get("stream_workers") not in (None, config.num_workers):
+            raise ValueError(
+                f"--num-workers {config.num_workers} cannot change for a stream, whose order depends on it: "
+                f"{config.resume} had {past['stream_workers']}"
             )
-        description: dict[str, Any] = {"data": data.digest(), "info": asdict(info), "world_size": world_size}
-        description["stream_workers"] = config.num_workers if data.stream else None
-        description["teacher"] = distillation.digest() if distillation else None
-        save_state = SaveState(run, batches, history, description, config.checkpoint_every_steps)
-        callbacks += [history, save_state, EpochLines(history, EPOCH_COLUMNS)]
-        if not finished:  # else only its report is missing
-            with warnings.catch_warnings(), save_state.listening():
-                if config.swap_kernel and not past:
-                    history.rows.append(_score_start(task, device, run, val_loader, bn_loader))
-                trainer = build_trainer(config, device, run, callbacks)
-                trainer.fit(task, train_loader, val_loader, ckpt_path=state)
-            if trainer.current_epoch < config.epochs:
-                s = "s" * (config.early_stopping != 1)
-                console.say(f"stopped early: no better top-1 in {config.early_stopping} evaluation{s}")
-        if rank > 0:
-            return None
-        if finished:
-            return _report(config, data, run, past["seconds"], past.get("seconds_per_batch", 0.0))
-        return _report(config, data, run, history.seconds, history.seconds_per_batch)
+        model, self.info = _build_again(past) if past else build_classifier(config, data)
+        self.config = config = replace(config, model=self.info.model)
+        preprocess = Preprocess(**self.info.preprocess)
+        sizes = (preprocess.size, *config.augment.train_shapes())
+        for size in sizes:
+            check_img_size(model, size, "--img-size" if size == preprocess.size else "--augment.train-sizes")
+        finished = past.get("finished", False)
+        distillation = None if finished else load_distillation(config, model, self.info, sizes, past.get("teacher"))
+        weights = class_weights([label for _, label in data.train], len(data.classes), config.optim.class_weights)
+        model = model.to(memory_format=torch.channels_last)
+        self.task = Classifier(model, len(data.classes), config, weights, distillation)
+        self.loaders = _loaders(config, data, preprocess, device)
+        self.data_name = data.name
+        self.sources = [source for source, _ in data.train]
+        self.description = {
+            "data": data.digest(),
+            "stream_workers": config.num_workers if data.stream else None,
+            "teacher": distillation.digest() if distillation else None,
+        }
+        self.about = (
+            f"{data.name}: {len(data.classes)} classes, {len(data.train)} training and {len(data.val)} held-out images "
+            f"of {'x'.join(map(str, preprocess.size))} px"
+        )
+        self.scored_first = config.swap_kernel
+
+    def resolved(self) -> ClassifyConfig:
+        config = self.config
+        return replace(
+            config,
+            data=config.data if config.data == DIGITS else absolute(config.data) or config.data,
+            checkpoint=absolute(config.checkpoint),
+            distill=replace(config.distill, teacher=absolute(config.distill.teacher)),
+            img_size="x".join(map(str, self.info.preprocess["size"])),
+            crop_pct=self.info.preprocess["crop_pct"],
+        )
+
+    def report(self, run: Path, speed: Speed) -> RunSummary:
+        config, data = self.config, self.data
+        predictor = ClassPredictor.load(run, config.device)
+        evaluation = evaluate(predictor, data.val, batch_size=config.batch_size, num_workers=config.num_workers or 0)
+        plot_curves(run / "metrics.csv", run / "curves.png")
+        write_report(evaluation, data.val, run)
+        cost = model_cost(predictor.model, predictor.preprocess.size)
+        batch = config.batch_size * processes()[1]
+        summary = RunSummary(
+            run=str(run),
+            top1=round(evaluation.accuracy(1), 2),
+            top5=round(evaluation.accuracy(5), 2),
+            num_params=cost.num_params,
+            num_macs=cost.num_macs,
+            images_per_second=round(evaluation.images_per_second, 1),
+            train_seconds=round(speed.seconds, 1),
+            train_images_per_second=round(batch / speed.seconds_per_batch, 1) if speed.seconds_per_batch else None,
+        )
+        write_text(run / SUMMARY, json.dumps(asdict(summary), indent=2) + "\n")
+        return summary
 
 
-def _score_start(
-    task: Task,
-    device: torch.device,
-    run: Path,
-    val_loader: DataLoader,
-    bn_loader: Iterable[tuple[Tensor, Tensor]] | None,
-) -> dict[str, float]:
-    """The scores before the first step, as a row of `History`."""
-    callbacks: list[Callback] = [] if bn_loader is None else [EstimateBatchNorm(bn_loader)]
-    trainer = build_trainer(task.config, device, run, callbacks, inference_mode=False)  # as within training
-    [scores] = trainer.validate(task, val_loader, verbose=False)
-    values = "  ".join(text.format(scores[name]) for name, text in EPOCH_COLUMNS.items() if name in scores)
-    console.say(f"epoch 0/{task.config.epochs}  {values}  (before the first step)")
-    return {"epoch": 0, "step": 0, **scores}
+def run_training(config: ClassifyConfig) -> RunSummary | None:
+    """Train a classifier as ``config`` says; see `qtvit.training.job.run_job`."""
+    return run_job(config, ClassifyJob)
 
 
-def read_data(config: TrainConfig, past: dict[str, Any], world_size: int) -> LabelledImages:
+def read_data(config: ClassifyConfig, past: dict[str, Any]) -> LabelledImages:
     """The images to train on; those of the run that ``past`` describes, if it does."""
     data = load_labelled_images(
         config.data, val_fraction=config.val_fraction, seed=config.seed, train_images=config.train_images
@@ -307,11 +304,7 @@ def read_data(config: TrainConfig, past: dict[str, Any], world_size: int) -> Lab
         raise ValueError(f"--on-bad-image skip reads all images beforehand, and those of {data.stream} are streamed")
     if config.on_bad_image == "skip":
         data = replace(data, train=drop_broken(data.train, data.classes), val=drop_broken(data.val))
-    if config.batch_size * world_size > len(data.train):
-        times = f" in each of {world_size} processes" if world_size > 1 else ""
-        raise ValueError(f"--batch-size {config.batch_size}{times} is more than the {len(data.train)} training images")
-    if len(data.val) < world_size:
-        raise ValueError(f"{len(data.val)} held-out images are fewer than the {world_size} processes")
+    check_counts(config, len(data.train), len(data.val))
     if past and data.digest() != past["data"]:
         raise ValueError(f"{config.data} is not what {config.resume} was training on: images were added or removed")
     return data
@@ -323,7 +316,7 @@ def _build_again(past: dict[str, Any]) -> tuple[Any, ModelInfo]:
     return build_model(info.model, **info.model_args).train(), info
 
 
-def build_classifier(config: TrainConfig, data: LabelledImages) -> tuple[Any, ModelInfo]:
+def build_classifier(config: ClassifyConfig, data: LabelledImages) -> tuple[Any, ModelInfo]:
     """The model to train, from random weights or from ``config.checkpoint``, and its description."""
     classes = list(data.classes)
     name = config.model or DEFAULT_MODEL
@@ -367,96 +360,36 @@ def _takes_img_size(model: str) -> bool:
     return model in ARCHITECTURES or bool(cfg and cfg.fixed_input_size)
 
 
-def _resolved(config: TrainConfig, info: ModelInfo, device: torch.device) -> TrainConfig:
-    """``config`` with what it left open, so that it repeats the run from anywhere."""
-    return replace(
-        config,
-        data=config.data if config.data == DIGITS else absolute(config.data) or config.data,
-        checkpoint=absolute(config.checkpoint),
-        distill=replace(config.distill, teacher=absolute(config.distill.teacher)),
-        output=None,
-        resume=None,
-        img_size="x".join(map(str, info.preprocess["size"])),
-        crop_pct=info.preprocess["crop_pct"],
-        device=str(device),
-        num_threads=torch.get_num_threads(),
-    )
-
-
 def absolute(name: str | None) -> str | None:
     """The whole path, if ``name`` is one, and not a URL or the name of what comes with the package."""
     return str(Path(name).resolve()) if name is not None and Path(name).exists() else name
 
 
-def _loaders(
-    config: TrainConfig, data: LabelledImages, preprocess: Preprocess, device: torch.device
-) -> tuple[EpochBatches | StreamBatches, DataLoader, DataLoader, Iterable[tuple[Tensor, Tensor]] | None]:
-    """Batches for training, with the loader of their images; for evaluation; and for the BatchNorm statistics if they
-    are to be estimated.
-    """
-    rank, world_size = processes()
-    share: dict[str, Any] = {"rank": rank, "world_size": world_size}
-    num_workers = config.num_workers or 0
-    common: dict[str, Any] = {
-        "num_workers": num_workers,
-        "worker_init_fn": ignore_interrupts,
-        "pin_memory": device.type == "cuda",
-    }
+def _loaders(config: ClassifyConfig, data: LabelledImages, preprocess: Preprocess, device: torch.device) -> Loaders:
     sizes = [preprocess.size, *config.augment.train_shapes()]
     transforms = [_train_transform(config.augment, preprocess, size) for size in sizes]
-    bn_size = min(config.bn_batch_size or config.batch_size, len(data.train) // world_size)
-    num_bn_batches = max(min(config.bn_images, len(data.train)) // (bn_size * world_size), 1)
-
-    batches: EpochBatches | StreamBatches
-    bn_loader: Iterable[tuple[Tensor, Tensor]]
+    train = [ImageDataset(data.train, transform) for transform in transforms]
+    val = ImageDataset(data.val, preprocess.transform())
+    loaders = make_loaders(config, device, train, len(data.train), val, len(data.val))
     if data.stream is None:
-        batches = EpochBatches(
-            len(data.train), config.batch_size, config.seed, num_sizes=len(config.augment.train_sizes), **share
-        )
-        train_set = SeededDataset([ImageDataset(data.train, transform) for transform in transforms], config.seed)
-        train_loader = DataLoader(train_set, batch_sampler=batches, persistent_workers=num_workers > 0, **common)
-        num_bn_images = num_bn_batches * world_size * bn_size
-        bn_keys = fixed_keys(random.Random(config.seed).sample(range(len(data.train)), num_bn_images))
-        bn_batches = [bn_keys[i : i + bn_size] for i in range(rank * bn_size, num_bn_images, world_size * bn_size)]
-        bn_loader = DataLoader(train_set, batch_sampler=bn_batches, **common)
-    else:
-        from qtvit.data.stream import ShardStream  # webdataset takes a second to import
+        return loaders
+    from qtvit.data.stream import ShardStream  # webdataset takes a second to import
 
-        stream = ShardStream(data.stream, "train", transforms, seed=config.seed, batch_size=config.batch_size, **share)
-        batches = StreamBatches(stream.num_batches, stream.go_to)
-        train_loader = DataLoader(stream, config.batch_size, persistent_workers=num_workers > 0, **common)
-        fixed = ShardStream(data.stream, "train", transforms[:1], seed=config.seed, batch_size=bn_size, **share)
-        bn_loader = FirstBatches(DataLoader(fixed, bn_size, **common), num_bn_batches)
-    val_batches = even_batches(len(data.val), config.batch_size, **share)
-    val_loader = DataLoader(ImageDataset(data.val, preprocess.transform()), batch_sampler=val_batches, **common)
-    return batches, train_loader, val_loader, bn_loader if config.bn_images else None
+    rank, world_size = processes()
+    share: dict[str, Any] = {"seed": config.seed, "rank": rank, "world_size": world_size}
+    common = loader_options(config, device)
+    stream = ShardStream(data.stream, "train", transforms, batch_size=config.batch_size, **share)
+    bn_size, num_bn_batches = bn_plan(config, len(data.train))
+    fixed = ShardStream(data.stream, "train", transforms[:1], batch_size=bn_size, **share)
+    return replace(
+        loaders,
+        batches=StreamBatches(stream.num_batches, stream.go_to),
+        train=DataLoader(stream, config.batch_size, persistent_workers=common["num_workers"] > 0, **common),
+        bn=FirstBatches(DataLoader(fixed, bn_size, **common), num_bn_batches) if config.bn_images else None,
+    )
 
 
 def _train_transform(augment: AugmentConfig, preprocess: Preprocess, size: tuple[int, int]) -> TrainTransform:
     own = ("scale", "ratio", "hflip", "vflip", "color_jitter", "auto_augment", "interpolation", "random_erasing")
     options = {name: getattr(augment, name) for name in own}
     return TrainTransform(size, mean=preprocess.mean, std=preprocess.std, **options)
-
-
-def _report(
-    config: TrainConfig, data: LabelledImages, run: Path, train_seconds: float, seconds_per_batch: float
-) -> RunSummary:
-    """Evaluate the best weights, draw the pictures, write summary.json."""
-    predictor = Predictor.load(run, config.device)
-    evaluation = evaluate(predictor, data.val, batch_size=config.batch_size, num_workers=config.num_workers or 0)
-    plot_curves(run / "metrics.csv", run / "curves.png")
-    write_report(evaluation, data.val, run)
-    cost = model_cost(predictor.model, predictor.preprocess.size)
-    batch = config.batch_size * processes()[1]
-    summary = RunSummary(
-        run=str(run),
-        top1=round(evaluation.accuracy(1), 2),
-        top5=round(evaluation.accuracy(5), 2),
-        num_params=cost.num_params,
-        num_macs=cost.num_macs,
-        images_per_second=round(evaluation.images_per_second, 1),
-        train_seconds=round(train_seconds, 1),
-        train_images_per_second=round(batch / seconds_per_batch, 1) if seconds_per_batch else None,
-    )
-    write_text(run / SUMMARY, json.dumps(asdict(summary), indent=2) + "\n")
-    return summary

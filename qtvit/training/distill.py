@@ -17,7 +17,7 @@ from qtvit.checkpoints.model_file import ATTENTION_ARGS
 from qtvit.errors import some
 from qtvit.models import QTViT, check_img_size
 
-from .config import TrainConfig
+from .classify_config import ClassifyConfig
 
 
 class Distillation:
@@ -30,7 +30,7 @@ class Distillation:
         config: of the run.
     """
 
-    def __init__(self, teacher: nn.Module, config: TrainConfig) -> None:
+    def __init__(self, teacher: nn.Module, config: ClassifyConfig) -> None:
         self.teacher = teacher.eval().requires_grad_(False).to(memory_format=torch.channels_last)
         self.temperature = config.distill.temperature
         self.loss = config.optim.loss
@@ -106,7 +106,7 @@ def feature_loss(maps: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
 
 
 def load_distillation(
-    config: TrainConfig, student: nn.Module, info: ModelInfo, sizes: Sequence[tuple[int, int]], before: str | None
+    config: ClassifyConfig, student: nn.Module, info: ModelInfo, sizes: Sequence[tuple[int, int]], before: str | None
 ) -> Distillation | None:
     """What ``config.distill`` asks for, if anything.
 

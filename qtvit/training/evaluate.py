@@ -13,7 +13,7 @@ from torchmetrics.functional.classification import multiclass_accuracy, multicla
 from qtvit.console import progress
 from qtvit.data import ImageDataset
 from qtvit.data.classification import Sample
-from qtvit.deploy import Predictor
+from qtvit.deploy import ClassPredictor
 
 NUM_BINS = 15
 """Of confidence, for the calibration error; Guo et al. 2017 use as many."""
@@ -171,7 +171,7 @@ class Evaluation:
 
 @torch.inference_mode()
 def evaluate(
-    predictor: Predictor,
+    predictor: ClassPredictor,
     samples: Sequence[Sample],
     *,
     batch_size: int = 64,

@@ -43,7 +43,7 @@ class Task(lightning.LightningModule):
             _checkpoint_gradients(model)
         if config.compile:
             limits: Any = torch._dynamo.config
-            limits.recompile_limit = max(limits.recompile_limit, len(config.augment.train_sizes))
+            limits.recompile_limit = max(limits.recompile_limit, config.num_sizes)
             model.compile(dynamic=False)  # a graph for each image size
         self.train()
 
@@ -65,6 +65,11 @@ class Task(lightning.LightningModule):
     def progress(self) -> float:
         """The part of the training after the warm-up that is done; 0 in the warm-up."""
         return max(self.global_step - self.num_warmup, 0) / max(self.num_steps - self.num_warmup, 1)
+
+    def run_norms(self, network: nn.Module, batch: Any) -> None:
+        """Run all BatchNorms of ``network`` on a training batch, for their statistics."""
+        images, _ = batch
+        network.forward(images.contiguous(memory_format=torch.channels_last))
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         seed_everywhere(self.config.seed, self.current_epoch, batch_idx, self.global_rank)

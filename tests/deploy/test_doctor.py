@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from qtvit.checkpoints import load_model, save_model
-from qtvit.deploy import Predictor
+from qtvit.deploy import ClassPredictor
 from qtvit.deploy.doctor import Report, examine
 from qtvit.deploy.doctor.int8 import SCHEMES, Calibration, fake_int8, fake_int8_weight
 from qtvit.deploy.doctor.measure import Ranges
@@ -389,7 +389,7 @@ def test_all_layers_on_request(photos: Path) -> None:
 
 def test_models_of_all_kinds(photos: Path) -> None:
     images = [Image.open(path) for path in sorted(photos.rglob("*.png"))][:2]
-    predictor = Predictor.load("nano-cifar10", "cpu")
+    predictor = ClassPredictor.load("nano-cifar10", "cpu")
     predictor.model.train()
     want = examine(predictor, images, img_size=(16, 16))
     assert (want.model, want.data, want.num_images) == ("qtvit_nano", "memory", 2)

@@ -9,16 +9,16 @@ from torch import Tensor
 
 import qtvit
 from qtvit.checkpoints import ModelInfo, save_model
-from qtvit.deploy import Predictor
+from qtvit.deploy import ClassPredictor
 from qtvit.deploy import predictor as predictor_module
 from qtvit.deploy.runtimes import Runtime
 from qtvit.models import build_model
 
 
-def predictor(classes: list[str], **model_args: object) -> Predictor:
+def predictor(classes: list[str], **model_args: object) -> ClassPredictor:
     model_args = {"num_classes": len(classes), **model_args}
     info = ModelInfo("qtvit_nano", model_args, classes, {"size": [32, 32]})
-    return Predictor(build_model("qtvit_nano", **model_args), info, "cpu")
+    return ClassPredictor(build_model("qtvit_nano", **model_args), info, "cpu")
 
 
 def test_wordnet_classes_are_shown_by_name() -> None:
@@ -82,9 +82,9 @@ class Brightness(Runtime):
         return 100 * torch.nn.functional.one_hot(levels, 10).float()
 
 
-def brightness() -> Predictor:
+def brightness() -> ClassPredictor:
     preprocess = {"size": [4, 4], "mean": [0, 0, 0], "std": [1, 1, 1]}
-    return Predictor(Brightness(), ModelInfo("qtvit_nano", {}, [str(i) for i in range(10)], preprocess))
+    return ClassPredictor(Brightness(), ModelInfo("qtvit_nano", {}, [str(i) for i in range(10)], preprocess))
 
 
 def grey(level: int) -> Image.Image:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import qtvit
 from qtvit.checkpoints import ModelInfo
-from qtvit.deploy import Predictor
+from qtvit.deploy import ClassPredictor
 from qtvit.explain import attention, focus, look
 from qtvit.layers import LinearAttention
 from qtvit.models import Architecture, QTViT, build_model
@@ -156,7 +156,7 @@ def test_the_whole_image_is_shown(network: Callable[..., QTViT]) -> None:
 def test_a_predictor_brings_preprocessing_and_classes(network: Callable[..., QTViT], picture: Image.Image) -> None:
     model = network()
     preprocess = {"size": [12, 20], "mean": [0.5, 0.5, 0.5], "std": [0.2, 0.2, 0.2]}
-    predictor = Predictor(model, ModelInfo("qtvit_nano", {}, ["a", "b", "c"], preprocess), "cpu")
+    predictor = ClassPredictor(model, ModelInfo("qtvit_nano", {}, ["a", "b", "c"], preprocess), "cpu")
     seen = look(predictor, picture)
     assert seen.image.size == (30, 12)
     assert seen.prediction is not None

@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from qtvit.training.config import AugmentConfig, EmaConfig, OptimConfig, TrainConfig
+from qtvit.training.classify_config import AugmentConfig, ClassifyConfig, ClassifyEma, ClassifyOptim
 from qtvit.training.run import build_trainer
 from qtvit.training.task import Task
 
@@ -23,14 +23,14 @@ def configured(
     augment: dict[str, Any] | None = None,
     ema: dict[str, Any] | None = None,
     **options: Any,
-) -> TrainConfig:
+) -> ClassifyConfig:
     """A short training; ``optim``, ``augment`` and ``ema`` are the options of these parts."""
     parts = {
-        "optim": OptimConfig(**(optim or {})),
+        "optim": ClassifyOptim(**(optim or {})),
         "augment": AugmentConfig(**(augment or {})),
-        "ema": EmaConfig(**(ema or {})),
+        "ema": ClassifyEma(**(ema or {})),
     }
-    return TrainConfig(**{"data": "none", "epochs": 2, "num_workers": 0, **parts, **options})
+    return ClassifyConfig(**{"data": "none", "epochs": 2, "num_workers": 0, **parts, **options})
 
 
 def random_batches(num: int, size: int = 8, sides: Sequence[int] = (16,)) -> list[Batch]:

@@ -21,7 +21,7 @@ from qtvit.models.build import ModelCost
 from qtvit.training import ablation, callbacks, classify
 from qtvit.training.ablation import Ablation, plan_ablation, run_ablation
 from qtvit.training.callbacks import History
-from qtvit.training.config import TrainConfig
+from qtvit.training.classify_config import ClassifyConfig
 from qtvit_cli import main
 
 OPTIONS = (
@@ -56,7 +56,7 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the run folders that are trained in, in turn."""
     names: list[str] = []
 
-    def run_training(config: TrainConfig) -> Any:
+    def run_training(config: ClassifyConfig) -> Any:
         names.append(Path(config.resume or config.output or "").name)
         return classify.run_training(config)
 

@@ -116,7 +116,7 @@ def test_predict_from_python(run: Path, photos: Path) -> None:
         assert other.labels == one.labels
         assert other.probabilities == pytest.approx(one.probabilities, abs=1e-5)
     assert len(predictor.predict(path, top_k=1).labels) == 1
-    with pytest.raises(ValueError, match="top_k and batch_size must be 1 or more, got 0 and 32"):
+    with pytest.raises(ValueError, match="top_k must be 1 or more, got 0"):
         predictor.predict(path, top_k=0)
     with pytest.raises(ValueError, match="given as int"):
         predictor.predict(3)
@@ -171,7 +171,7 @@ def test_quickstart_ends_with_what_to_type_next(
     recipe = Path(qtvit.__file__).parent / "recipes" / "quickstart.yaml"
     short = tmp_path / "quickstart.yaml"
     short.write_text(recipe.read_text().replace("epochs: 10", "epochs: 2"))
-    monkeypatch.setattr("qtvit.training.config._recipe_path", lambda name: short)
+    monkeypatch.setattr("qtvit.training.options._recipe_path", lambda name: short)
     assert main(["quickstart", "--output", str(tmp_path / "digits")]) == 0
     out = capsys.readouterr().out
     assert "train classify --model qtvit_1 --data photos" in out
@@ -394,7 +394,7 @@ def test_train_help_lists_every_setting(capsys: pytest.CaptureFixture[str]) -> N
 
 def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setitem(sys.modules, "jsonargparse", None)
-    monkeypatch.delitem(sys.modules, "qtvit.training.config", raising=False)
+    monkeypatch.delitem(sys.modules, "qtvit.training.options", raising=False)
     assert main(["quickstart"]) == 2
     assert "pip install 'qtvit[train]'" in capsys.readouterr().err
 

@@ -3,39 +3,42 @@ from pathlib import Path
 import pytest
 import yaml
 
-from qtvit.training.config import TrainConfig, parse_config, recipe_names, save_config
+from qtvit.training.classify_config import ClassifyConfig
+from qtvit.training.options import parse_config, recipe_names, save_config
 
 
 def test_options_win_over_the_recipe_whatever_their_order() -> None:
     for argv in (["--lr", "3", "--recipe", "quickstart"], ["--recipe=quickstart", "--lr=3"]):
-        config = parse_config(argv)
+        config = parse_config(argv, ClassifyConfig)
         assert (config.lr, config.model, config.augment.hflip) == (3.0, "qtvit_nano", 0.0)
 
 
 def test_hyphens_and_underscores_are_the_same() -> None:
-    config = parse_config(["--data", "d", "--batch-size", "5", "--num_workers", "0", "--optim.weight-decay", "0.5"])
+    config = parse_config(
+        ["--data", "d", "--batch-size", "5", "--num_workers", "0", "--optim.weight-decay", "0.5"], ClassifyConfig
+    )
     assert (config.batch_size, config.num_workers, config.optim.weight_decay) == (5, 0, 0.5)
 
 
 def test_model_args() -> None:
     argv = ["--data", "d", "--model-args.kernel", "taylor2_paper", "--model-args.drop_path_rate", "0.1"]
-    assert parse_config(argv).model_args == {"kernel": "taylor2_paper", "drop_path_rate": 0.1}
+    assert parse_config(argv, ClassifyConfig).model_args == {"kernel": "taylor2_paper", "drop_path_rate": 0.1}
 
 
 @pytest.mark.parametrize(("given", "shape"), [("224", (224, 224)), ("160x256", (160, 256)), (None, None)])
 def test_image_shape(given: str | None, shape: tuple[int, int] | None) -> None:
-    assert TrainConfig(data="d", img_size=given).image_shape() == shape
+    assert ClassifyConfig(data="d", img_size=given).image_shape() == shape
 
 
 def test_the_saved_configuration_is_a_recipe(tmp_path: Path) -> None:
-    config = parse_config(["--recipe", "quickstart", "--seed", "7"])
+    config = parse_config(["--recipe", "quickstart", "--seed", "7"], ClassifyConfig)
     save_config(config, tmp_path / "config.yaml")
-    assert parse_config(["--recipe", str(tmp_path / "config.yaml")]) == config
+    assert parse_config(["--recipe", str(tmp_path / "config.yaml")], ClassifyConfig) == config
 
 
 @pytest.mark.parametrize("name", recipe_names())
 def test_shipped_recipes_parse_and_say_their_command(name: str) -> None:
-    parse_config(["--recipe", name, "--data", "d", "--checkpoint", "RUN"])
+    parse_config(["--recipe", name, "--data", "d", "--checkpoint", "RUN"], ClassifyConfig)
 
 
 OFF = [
@@ -61,7 +64,7 @@ OFF = [
 @pytest.mark.parametrize("off", OFF)
 def test_each_part_of_a_recipe_can_be_switched_off(off: str) -> None:
     recipe = ["--recipe", "imagenet/qtvit_4", "--data", "d"]
-    config, whole = parse_config([*recipe, *off.split()]), parse_config(recipe)
+    config, whole = parse_config([*recipe, *off.split()], ClassifyConfig), parse_config(recipe, ClassifyConfig)
     assert config != whole
     flat = [
         {**vars(c), **{f"{g}.{k}": v for g in ("optim", "augment", "ema") for k, v in vars(getattr(c, g)).items()}}
@@ -74,14 +77,14 @@ def test_each_part_of_a_recipe_can_be_switched_off(off: str) -> None:
 def test_a_recipe_lies_over_its_base(tmp_path: Path) -> None:
     (tmp_path / "low.yaml").write_text("{epochs: 7, lr: 0.5, optim: {weight_decay: 0.3, loss: bce}}")
     (tmp_path / "mine.yaml").write_text("{base: low.yaml, lr: 0.1, optim: {loss: ce}, augment: {hflip: 0.2}}")
-    config = parse_config(["--recipe", str(tmp_path / "mine.yaml"), "--data", "d", "--epochs", "9"])
+    config = parse_config(["--recipe", str(tmp_path / "mine.yaml"), "--data", "d", "--epochs", "9"], ClassifyConfig)
     assert (config.epochs, config.lr, config.augment.hflip) == (9, 0.1, 0.2)
     assert (config.optim.weight_decay, config.optim.loss) == (0.3, "ce")
     (tmp_path / "low.yaml").write_text("base: mine.yaml")
     with pytest.raises(ValueError, match=r"low\.yaml: its base mine\.yaml lies over it already"):
-        parse_config(["--recipe", str(tmp_path / "mine.yaml"), "--data", "d"])
+        parse_config(["--recipe", str(tmp_path / "mine.yaml"), "--data", "d"], ClassifyConfig)
     (tmp_path / "other.yaml").write_text("base: quickstart")
-    assert parse_config(["--recipe", str(tmp_path / "other.yaml")]).data == "digits"
+    assert parse_config(["--recipe", str(tmp_path / "other.yaml")], ClassifyConfig).data == "digits"
 
 
 # Number: RandAugment n, m; mixing a; drop path, skipped; erasing; MESA start, ratio; crop. PAPER's table.
@@ -98,7 +101,7 @@ IMAGENET = {
 @pytest.mark.parametrize("number", IMAGENET)
 def test_imagenet_recipes_are_the_published_ones(number: int) -> None:
     n, m, alpha, drop_path, skip, erasing, mesa, crop = IMAGENET[number]
-    config = parse_config(["--recipe", f"imagenet/qtvit_{number}", "--data", "d"])
+    config = parse_config(["--recipe", f"imagenet/qtvit_{number}", "--data", "d"], ClassifyConfig)
     optim, augment, ema = config.optim, config.augment, config.ema
     assert (config.model, config.crop_pct, config.img_size) == (f"qtvit_{number}", crop, 224)
     assert (config.epochs, config.batch_size, config.lr) == (320, 128, 0.00025 if number < 4 else 0.00015)
@@ -151,7 +154,7 @@ def test_imagenet_recipes_are_the_published_ones(number: int) -> None:
 )
 def test_mistakes_on_the_command_line(argv: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message.replace("(", r"\(").replace("[", r"\[")) as error:
-        parse_config(["--data", "d", *argv])
+        parse_config(["--data", "d", *argv], ClassifyConfig)
     assert "\n" not in str(error.value)
 
 
@@ -172,12 +175,12 @@ def test_mistakes_in_a_recipe(tmp_path: Path, content: object, message: str) -> 
     path = tmp_path / "mine.yaml"
     path.write_text(yaml.safe_dump(content))
     with pytest.raises(ValueError, match=message):
-        parse_config(["--data", "d", "--recipe", str(path)])
+        parse_config(["--data", "d", "--recipe", str(path)], ClassifyConfig)
 
 
 def test_a_missing_or_unreadable_recipe(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"nowhere\.yaml: no such recipe file"):
-        parse_config(["--recipe", "nowhere.yaml"])
+        parse_config(["--recipe", "nowhere.yaml"], ClassifyConfig)
     (tmp_path / "bad.yaml").write_text("a: [")
     with pytest.raises(ValueError, match="not valid YAML"):
-        parse_config(["--recipe", str(tmp_path / "bad.yaml")])
+        parse_config(["--recipe", str(tmp_path / "bad.yaml")], ClassifyConfig)

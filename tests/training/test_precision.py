@@ -11,7 +11,7 @@ from torch._dynamo.testing import CompileCounter
 
 from qtvit.models import QTViT
 from qtvit.training.classify import Classifier
-from qtvit.training.config import TrainConfig
+from qtvit.training.classify_config import ClassifyConfig
 from qtvit_cli import main
 
 from .fit import NUM_CLASSES, Batch, configured, fit, random_batches
@@ -24,7 +24,7 @@ Network = Callable[..., QTViT]
 class Losses(Classifier):
     """Keeps the loss of each step."""
 
-    def __init__(self, model: nn.Module, config: TrainConfig) -> None:
+    def __init__(self, model: nn.Module, config: ClassifyConfig) -> None:
         super().__init__(model, NUM_CLASSES, config)
         self.losses: list[float] = []
 

@@ -19,7 +19,7 @@ from qtvit.layers import DropPath
 from qtvit.models import QTViT
 from qtvit.training import mixing
 from qtvit.training.classify import Classifier, classification_loss
-from qtvit.training.config import TrainConfig
+from qtvit.training.classify_config import ClassifyConfig
 
 from .fit import NUM_CLASSES, Batch, configured, fit, random_batches
 
@@ -61,7 +61,7 @@ def bce(logits: Tensor, targets: Tensor) -> Tensor:
     return F.binary_cross_entropy_with_logits(logits, targets, reduction="none").mean(1).mean()
 
 
-def plain_loop(model: QTViT, batches: list[Batch], config: TrainConfig) -> dict[str, Tensor] | None:
+def plain_loop(model: QTViT, batches: list[Batch], config: ClassifyConfig) -> dict[str, Tensor] | None:
     """Train ``model`` on the batches in every epoch; the moving average, if there is one.
 
     Sums are taken in the order of the code that is tested: AdamW makes whole steps of rounding errors where the true

@@ -17,16 +17,17 @@ from torch import Tensor, nn
 
 from qtvit.checkpoints import ModelInfo, load_model, save_model
 from qtvit.data import Preprocess, load_labelled_images
-from qtvit.deploy import Predictor
+from qtvit.deploy import ClassPredictor
 from qtvit.models import QTViT, build_model
 from qtvit.models.build import ModelCost
 from qtvit.training import classify, plots
 from qtvit.training.callbacks import LAST
 from qtvit.training.classify import Classifier, classification_loss
-from qtvit.training.config import DistillConfig, parse_config
+from qtvit.training.classify_config import ClassifyConfig, DistillConfig
 from qtvit.training.distill import Distillation, attention_stages, feature_loss, logit_loss
 from qtvit.training.evaluate import evaluate
 from qtvit.training.mixing import soft_targets
+from qtvit.training.options import parse_config
 from qtvit_cli import main
 
 from .compare import same_end
@@ -102,7 +103,7 @@ def test_epoch_0_is_the_swapped_checkpoint(photos: Path, source: Path, tmp_path:
     assert main([*argv, "--epochs", "1", "--bn-images", "0"]) == 0
     first, last = rows(tmp_path / "run")
     held_out = load_labelled_images(str(photos)).val
-    evaluation = evaluate(Predictor(*load_model(source, swap_kernel=True), "cpu"), held_out)
+    evaluation = evaluate(ClassPredictor(*load_model(source, swap_kernel=True), "cpu"), held_out)
     assert (first["epoch"], first["step"], last["epoch"], last["step"]) == ("0", "0", "1", "3")
     assert float(first["val/top1"]) == pytest.approx(evaluation.accuracy(), abs=1e-3)
     assert float(first["val/loss"]) == pytest.approx(evaluation.loss(), rel=1e-4)
@@ -333,7 +334,7 @@ def test_a_run_does_not_go_on_without_its_teacher(
 
 
 def test_the_recorded_teacher_is_found_from_anywhere(source: Path, swapped: Path, tmp_path: Path) -> None:
-    config = parse_config(["--recipe", str(swapped / "config.yaml")])
+    config = parse_config(["--recipe", str(swapped / "config.yaml")], ClassifyConfig)
     assert config.checkpoint == str(source)
     assert config.swap_kernel
     assert config.distill.teacher is None
@@ -357,7 +358,9 @@ def test_a_teacher_of_another_kind_teaches_logits(photos: Path, tmp_path: Path, 
     taught = [*argv.split(), "--num-workers", "0", "--distill.teacher", path.name, "--distill.logits", "1"]
     assert main([*taught, "--output", str(tmp_path / "run"), "--quiet"]) == 0
     assert float(rows(tmp_path / "run")[0]["train/distill_logits"]) > 0
-    assert parse_config(["--recipe", str(tmp_path / "run" / "config.yaml")]).distill.teacher == str(path)
+    assert parse_config(["--recipe", str(tmp_path / "run" / "config.yaml")], ClassifyConfig).distill.teacher == str(
+        path
+    )
     assert main([*taught, "--distill.features", "1"]) == 2
     assert "--distill.features 1 compares stages of our own models, the teacher's model is resnet10t" in (
         capsys.readouterr().err

@@ -13,8 +13,9 @@ import qtvit
 from qtvit.checkpoints import load_model
 from qtvit.models import build_model
 from qtvit.training.classify import Classifier, class_weights
-from qtvit.training.config import TrainConfig, parse_config, train_config
+from qtvit.training.classify_config import ClassifyConfig
 from qtvit.training.optim import freeze, parameter_groups
+from qtvit.training.options import make_config, parse_config
 from qtvit_cli import main
 
 from .conftest import COLORS, draw
@@ -27,7 +28,8 @@ def trainable(model: nn.Module) -> set[str]:
 
 
 def test_keyword_arguments_are_the_options() -> None:
-    config = train_config(
+    config = make_config(
+        ClassifyConfig,
         data=Path("photos"),
         recipe="quickstart",
         lr=0.5,
@@ -40,11 +42,11 @@ def test_keyword_arguments_are_the_options() -> None:
     assert config.model_args == {"kernel": "taylor2_paper", "drop_rate": 0.1}
     assert (config.optim.layer_decay, config.optim.betas, config.optim.weight_decay) == (0.8, (0.8, 0.9), 0.05)
     with pytest.raises(ValueError, match="unknown option '--epohs'; did you mean --epochs"):
-        train_config(data="photos", epohs=3)
+        make_config(ClassifyConfig, data="photos", epohs=3)
 
 
 def test_values_of_numpy_and_tuples_are_taken() -> None:
-    config = train_config(data="d", img_size=(32, 48), lr=np.float32(0.5), epochs=np.int64(3))
+    config = make_config(ClassifyConfig, data="d", img_size=(32, 48), lr=np.float32(0.5), epochs=np.int64(3))
     assert (config.image_shape(), config.lr, config.epochs) == ((32, 48), 0.5, 3)
 
 
@@ -106,7 +108,7 @@ def test_what_is_frozen_stays_as_it_is(photos: Path, run: Path, tmp_path: Path) 
 
 def test_frozen_parts_stay_in_evaluation_mode() -> None:
     model = build_model("qtvit_nano", num_classes=3)
-    task = Classifier(model, 3, TrainConfig(data="d", freeze="backbone"))
+    task = Classifier(model, 3, ClassifyConfig(data="d", freeze="backbone"))
     task.eval()
     task.train()
     assert not any(module.training for module in model.stages.modules())
@@ -231,10 +233,10 @@ def test_timm_models_follow_timms_rule_of_decay() -> None:
 )
 def test_values_that_are_not_accepted(option: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        parse_config(["--data", "d", option])
+        parse_config(["--data", "d", option], ClassifyConfig)
 
 
 def test_the_saved_config_keeps_the_name_of_shipped_weights(photos: Path, tmp_path: Path) -> None:
     qtvit.train_classifier(data=str(photos), checkpoint="nano-cifar10", output="run", **{**FAST, "model": "qtvit_nano"})
-    config = parse_config(["--recipe", str(tmp_path / "run" / "config.yaml")])
+    config = parse_config(["--recipe", str(tmp_path / "run" / "config.yaml")], ClassifyConfig)
     assert (config.checkpoint, config.data) == ("nano-cifar10", str(photos))

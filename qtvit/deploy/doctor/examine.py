@@ -21,11 +21,11 @@ from qtvit.models import build_model
 from qtvit.models.build import check_img_size
 
 from ..artifact import format_of
-from ..predictor import Predictor
+from ..predictor import ClassPredictor
 from .report import Report
 from .runs import run_all
 
-Model = Predictor | nn.Module | str | Path
+Model = ClassPredictor | nn.Module | str | Path
 """A predictor, a network, what `qtvit.checkpoints.load_model` takes, or the name of a model of ours or timm's."""
 
 
@@ -65,7 +65,7 @@ def examine(
         check_img_size(network, img_size)
         preprocess = dataclasses.replace(preprocess, size=img_size)
     images = _pick(data, num_images)
-    where = model.device if isinstance(model, Predictor) else resolve_device(device)
+    where = model.device if isinstance(model, ClassPredictor) else resolve_device(device)
     transform = preprocess.transform()
     loaded = [transform(open_image(image)) for image in console.progress(images, desc="images", unit="img")]
     batches = [batch.to(where) for batch in torch.stack(loaded).split(batch_size)]
@@ -88,7 +88,7 @@ def examine(
 
 def _resolve(model: Model) -> tuple[nn.Module, Preprocess, str, bool]:
     """The network, its preprocessing, its name, and whether its weights are random."""
-    if isinstance(model, Predictor):
+    if isinstance(model, ClassPredictor):
         return model.model, model.preprocess, model.info.model, False
     if isinstance(model, nn.Module):
         network: Any = getattr(model, "_orig_mod", model)  # what torch.compile wraps
