@@ -46,9 +46,9 @@ def thumbnail(image: Image.Image, side: int = TILE) -> Image.Image:
     )
 
 
-def contact_sheet(tiles: Sequence[Tile], title: str = "") -> Image.Image:
+def contact_sheet(tiles: Sequence[Tile], title: str = "", columns: int | None = None) -> Image.Image:
     """One picture of all ``tiles``, in rows from left to right, below the ``title``."""
-    columns = min(len(tiles), 10 if len(tiles) > 24 else 8)
+    columns = min(len(tiles), columns or (10 if len(tiles) > 24 else 8))
     line_height = round(SMALL * 1.35)
     num_lines = max(len(tile.lines) for tile in tiles)
     top = 2 * GAP + round(LARGE * 1.3) if title else GAP

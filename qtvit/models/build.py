@@ -38,7 +38,12 @@ def build_task_model(task: str, name: str, model_args: dict[str, Any], task_args
     """
     if task == "classify":
         return build_model(name, **model_args)
-    raise unknown_name("task", task, ("classify",))
+    if task == "segment":
+        from .segmentation import build_segmenter
+
+        heads = dict(task_args)
+        return build_segmenter(name, num_classes=len(heads.pop("masks")["values"]), model_args=model_args, **heads)
+    raise unknown_name("task", task, ("classify", "segment"))
 
 
 @torch.no_grad()

@@ -45,6 +45,7 @@ from .job import (
     Loaders,
     Speed,
     Summary,
+    absolute,
     bn_plan,
     check_counts,
     loader_options,
@@ -358,11 +359,6 @@ def build_classifier(config: ClassifyConfig, data: LabelledImages) -> tuple[Any,
 def _takes_img_size(model: str) -> bool:
     cfg = timm.get_pretrained_cfg(model)
     return model in ARCHITECTURES or bool(cfg and cfg.fixed_input_size)
-
-
-def absolute(name: str | None) -> str | None:
-    """The whole path, if ``name`` is one, and not a URL or the name of what comes with the package."""
-    return str(Path(name).resolve()) if name is not None and Path(name).exists() else name
 
 
 def _loaders(config: ClassifyConfig, data: LabelledImages, preprocess: Preprocess, device: torch.device) -> Loaders:

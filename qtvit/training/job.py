@@ -211,6 +211,11 @@ def check_counts(config: TrainConfig, num_train: int, num_val: int) -> None:
         raise ValueError(f"{num_val} held-out images are fewer than the {world_size} processes")
 
 
+def absolute(name: str | None) -> str | None:
+    """The whole path, if ``name`` is one, and not a URL or the name of what comes with the package."""
+    return str(Path(name).resolve()) if name is not None and Path(name).exists() else name
+
+
 def with_workers(config: C, in_memory: bool = False) -> C:
     """``config`` with the number of loader processes filled in; the threads that these leave are set."""
     if config.num_workers is None:
@@ -244,6 +249,7 @@ def make_loaders(
     num_val: int,
     collate: Callable[[list[Any]], Any] | None = None,
     val_batch_size: int | None = None,
+    val_collate: Callable[[list[Any]], Any] | None = None,
 ) -> Loaders:
     """The loaders of images that can be read by position.
 
@@ -255,6 +261,7 @@ def make_loaders(
         val: the held-out images.
         collate: makes a batch of samples; None: torch's way.
         val_batch_size: of held-out images; None: that of training.
+        val_collate: as ``collate``, of held-out images; None: that of training.
     """
     rank, world_size = processes()
     share: dict[str, Any] = {"rank": rank, "world_size": world_size}
@@ -269,6 +276,6 @@ def make_loaders(
     return Loaders(
         batches,
         DataLoader(train_set, batch_sampler=batches, persistent_workers=common["num_workers"] > 0, **common),
-        DataLoader(val, batch_sampler=val_batches, **common),
+        DataLoader(val, batch_sampler=val_batches, **{**common, "collate_fn": val_collate or collate}),
         DataLoader(train_set, batch_sampler=bn_batches, **common) if config.bn_images else None,
     )

@@ -2,7 +2,7 @@
 
 import csv
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -29,8 +29,18 @@ NUM_CONFUSIONS = 25
 """Most frequent confusions that are listed beside a larger matrix."""
 
 
-def plot_curves(metrics_csv: Path, out: Path) -> None:
-    """Loss, accuracy and learning rate over the epochs, from the log of the run."""
+ACCURACY = {"Accuracy (%)": {"top-1": "val/top1", "top-5": "val/top5"}}
+"""The scores of a classifier, see `plot_curves`."""
+
+
+def plot_curves(metrics_csv: Path, out: Path, scores: Mapping[str, Mapping[str, str]] = ACCURACY) -> None:
+    """Loss, scores and learning rate over the epochs, from the log of the run.
+
+    Args:
+        metrics_csv: the log.
+        out: the picture.
+        scores: title of each panel, with the names of its lines and the columns of the log that these are.
+    """
     with metrics_csv.open(encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
 
@@ -38,20 +48,16 @@ def plot_curves(metrics_csv: Path, out: Path) -> None:
         points = [(float(row["epoch"]), float(row[name])) for row in rows if row.get(name)]
         return [x for x, _ in points], [y for _, y in points]
 
-    figure = Figure(figsize=(12, 3.6), layout="constrained")
-    panels = {
-        "Loss": {"training": "train/loss", "held out": "val/loss"},
-        "Accuracy (%)": {"top-1": "val/top1", "top-5": "val/top5"},
-        "Learning rate": {"": "lr"},
-    }
+    panels = {"Loss": {"training": "train/loss", "held out": "val/loss"}, **scores, "Learning rate": {"": "lr"}}
+    figure = Figure(figsize=(4 * len(panels), 3.6), layout="constrained")
     for axes, (title, lines) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
         for label, name in lines.items():
             epochs, values = series(name)
-            if label != "top-5" or min(values) < 100:
+            if values and (label != "top-5" or min(values) < 100):
                 axes.plot(epochs, values, label=label, marker=".")
         axes.set(title=title, xlabel="epoch")
         axes.grid(alpha=0.3)
-        if len(lines) > 1:
+        if len(axes.get_lines()) > 1:
             axes.legend()
     _save(figure, out)
 
@@ -61,17 +67,21 @@ def plot_confusion(evaluation: Evaluation, out: Path) -> None:
 
     Classes that are neither the label nor the prediction of any image are left out.
     """
-    counts = evaluation.confusion()
+    title = f"top-1 {evaluation.accuracy():.2f} % of {len(evaluation.targets)} images"
+    draw_confusion(evaluation.confusion(), evaluation.classes, title, out)
+
+
+def draw_confusion(counts: Tensor, classes: Sequence[str], title: str, out: Path, unit: str = "images") -> None:
+    """`plot_confusion` of (C, C) counts of images or, in percent of the true class, of pixels."""
     used = ((counts.sum(0) + counts.sum(1)) > 0).nonzero().flatten()
     counts = counts[used][:, used]
-    names = [shorten(evaluation.classes[i], NAME_CHARS) for i in used.tolist()]
-    title = f"top-1 {evaluation.accuracy():.2f} % of {len(evaluation.targets)} images"
+    names = [shorten(classes[i], NAME_CHARS) for i in used.tolist()]
     with matplotlib.rc_context({"text.parse_math": False}):  # a class name may hold dollars
-        figure = (_small_confusion if len(names) <= MAX_CELLS else _large_confusion)(counts, names, title)
+        figure = (_small_confusion if len(names) <= MAX_CELLS else _large_confusion)(counts, names, title, unit)
         _save(figure, out)
 
 
-def _small_confusion(counts: Tensor, names: list[str], title: str) -> Figure:
+def _small_confusion(counts: Tensor, names: list[str], title: str, unit: str) -> Figure:
     """The matrix with a number in every cell that has one; colour is the share of the true class."""
     shares = counts / counts.sum(1, keepdim=True).clamp_min(1)
     longest = max(map(len, names))
@@ -79,18 +89,20 @@ def _small_confusion(counts: Tensor, names: list[str], title: str) -> Figure:
     figure = Figure(figsize=(side + 2, side + 1), layout="constrained")
     axes = figure.subplots()
     image = axes.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=1)
-    figure.colorbar(image, label="share of the true class", shrink=0.8)
+    percent = "" if unit == "images" else f" (numbers: percent of its {unit})"
+    figure.colorbar(image, label=f"share of the true class{percent}", shrink=0.8)
     axes.set(xlabel="predicted", ylabel="true", title=title)
     axes.set_xticks(range(len(names)), names, rotation=90 if longest > 3 else 0)
     axes.set_yticks(range(len(names)), names)
     for row, column in counts.nonzero().tolist():
         shade = "white" if shares[row, column] > 0.5 else "black"
-        text = str(int(counts[row, column]))
+        share = float(100 * shares[row, column])
+        text = str(int(counts[row, column])) if unit == "images" else f"{share:.0f}" if share >= 0.5 else ""
         axes.text(column, row, text, ha="center", va="center", color=shade, fontsize=8 if len(names) > 5 else 11)
     return figure
 
 
-def _large_confusion(counts: Tensor, names: list[str], title: str) -> Figure:
+def _large_confusion(counts: Tensor, names: list[str], title: str, unit: str) -> Figure:
     """The matrix in colours, beside a list of the most frequent confusions.
 
     The cells of very many classes are smaller than a pixel; each is then drawn as large as it takes to be seen.
@@ -106,7 +118,7 @@ def _large_confusion(counts: Tensor, names: list[str], title: str) -> Figure:
     for values, colors, norm in ((recall, "Blues", Normalize(0, 100)), (wrong, reds, LogNorm(1, most))):
         cells = F.max_pool2d(values[None].float(), grown, stride=1, padding=grown // 2)[0].numpy()
         image = axes.imshow(np.ma.masked_equal(cells, 0), colors, norm, interpolation="nearest")
-    bar = figure.colorbar(image, label="images predicted wrong", shrink=0.5, aspect=40, format="%d")
+    bar = figure.colorbar(image, label=f"{unit} predicted wrong", shrink=0.5, aspect=40, format="%d")
     bar.set_ticks(sorted({1, round(most**0.5), most}), minor=False)
     bar.minorticks_off()
     axes.set(xlabel="predicted", ylabel="true", title=f"{title} (blue, the darker the better: right; red: wrong)")
@@ -114,22 +126,22 @@ def _large_confusion(counts: Tensor, names: list[str], title: str) -> Figure:
     labels = [shorten(name, 24) for name in names[::step]]
     axes.set_xticks(range(0, len(names), step), labels, rotation=90, fontsize=7)
     axes.set_yticks(range(0, len(names), step), labels, fontsize=7)
-    _list_confusions(bars, wrong, counts.sum(1), names)
+    _list_confusions(bars, wrong, counts.sum(1), names, unit)
     return figure
 
 
-def _list_confusions(axes: Axes, wrong: Tensor, num_images: Tensor, names: list[str]) -> None:
-    """Bars of the pairs of classes that are confused most often, with the number of images and their share."""
+def _list_confusions(axes: Axes, wrong: Tensor, num_true: Tensor, names: list[str], unit: str) -> None:
+    """Bars of the pairs of classes that are confused most often, with the number of images or pixels and their share."""
     largest = wrong.flatten().topk(NUM_CONFUSIONS)
     pairs = [
         (divmod(i, len(names)), n) for i, n in zip(largest.indices.tolist(), largest.values.tolist(), strict=True) if n
     ]
-    axes.set_title(f"The {len(pairs)} most frequent confusions" if pairs else "No image was predicted wrong")
+    axes.set_title(f"The {len(pairs)} most frequent confusions" if pairs else f"No {unit} were predicted wrong")
     axes.axis("off")
     axes.invert_yaxis()
     axes.barh(range(len(pairs)), [n for _, n in pairs], height=0.25, color="indianred")
     for row, ((true, predicted), n) in enumerate(pairs):
-        share = 100 * n / int(num_images[true])
+        share = 100 * n / int(num_true[true])
         axes.text(0, row - 0.2, f"{names[true]} → {names[predicted]}: {n} ({share:.0f} %)", va="bottom", fontsize=8)
 
 

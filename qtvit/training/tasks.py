@@ -13,14 +13,20 @@ if TYPE_CHECKING:
 def config_class(task: str) -> type[TrainConfig]:
     """The configuration of a task."""
     from .classify_config import ClassifyConfig
+    from .segment_config import SegmentConfig
 
-    return {"classify": ClassifyConfig}[task]
+    return {"classify": ClassifyConfig, "segment": SegmentConfig}[task]
 
 
 def run_task(config: TrainConfig) -> Summary | None:
     """Train as ``config`` says; see `qtvit.training.job.run_job`."""
     from .classify_config import ClassifyConfig
+    from .segment_config import SegmentConfig
 
+    if isinstance(config, SegmentConfig):
+        from .segment import run_training as run_segmentation
+
+        return run_segmentation(config)
     assert isinstance(config, ClassifyConfig)
     from .classify import run_training
 

@@ -1,0 +1,325 @@
+"""Training a segmenter: configuration in, run folder out."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from timm.data import resolve_data_config
+from torch import Tensor, nn
+from torchmetrics.classification import MulticlassConfusionMatrix
+
+from qtvit import console
+from qtvit.checkpoints import ModelInfo, load_model, own_args
+from qtvit.data import (
+    SegmentationData,
+    SegmentationDataset,
+    SegmentationEvalTransform,
+    SegmentationTrainTransform,
+    load_segmentation_data,
+)
+from qtvit.deploy.segment import SegmentPredictor, SegmentPreprocess, mask_args
+from qtvit.deploy.windows import label_map
+from qtvit.device import processes
+from qtvit.errors import some
+from qtvit.files import write_text
+from qtvit.models import build_task_model, check_img_size, model_cost
+from qtvit.models.backbone import load_backbone
+
+from .config import DEFAULT_MODEL
+from .job import SUMMARY, Job, Loaders, Speed, Summary, absolute, check_counts, make_loaders, run_job, with_workers
+from .plots import plot_curves
+from .segment_config import SegmentConfig
+from .segment_evaluate import evaluate
+from .segment_loss import balanced_weights, segmentation_loss
+from .segment_report import write_report
+from .segment_scores import SegmentScores
+from .task import Task
+
+EPOCH_COLUMNS = {
+    "train/loss": "loss {:.4f}",
+    "val/miou": "mIoU {:.2f} %",
+    "val/aacc": "pixels right {:.2f} %",
+    "val/raw_miou": "not averaged {:.2f} %",
+}
+CURVES = {"mIoU (%)": {"": "val/miou"}, "Pixels right (%)": {"mean of the classes": "val/macc", "all": "val/aacc"}}
+
+
+@dataclass(frozen=True)
+class SegmentSummary(Summary):
+    """What a finished training of a segmenter has to say.
+
+    Attributes:
+        run: the run folder.
+        miou, macc, aacc: of the best weights on the held-out images, in percent.
+        num_params, num_macs: of the network without its auxiliary head, for an image of the size of the crops.
+        images_per_second: from pixels to labels, on the training device.
+        train_seconds: wall-clock time of the training loop.
+        train_images_per_second: training steps alone, in all processes, without loading images and evaluation; None if
+            they were not measured.
+    """
+
+    miou: float
+    macc: float
+    aacc: float
+    num_params: int
+    num_macs: int
+    images_per_second: float
+    train_seconds: float
+    train_images_per_second: float | None
+
+    def lines(self) -> list[tuple[str, str]]:
+        return [
+            ("mIoU", f"{self.miou:.2f} % on the held-out images ({self.aacc:.2f} % of the pixels right)"),
+            ("parameters", f"{self.num_params / 1e6:.2f} M"),
+            ("MACs", f"{self.num_macs / 1e9:.2f} G per crop"),
+            ("speed", f"{self.images_per_second:.1f} images/s (on the training device)"),
+            ("training", f"{self.train_seconds:.0f} s"),
+            ("files", "best.safetensors (the model), curves, confusion and predictions as .png,"),
+            ("", "summary.json, scores.json, per_class.csv, confusion.csv, config.yaml"),
+        ]
+
+
+class SegmentTask(Task):
+    """The task of telling the class of every pixel.
+
+    Args:
+        model: the network.
+        data: what it learns from.
+        config: of the run.
+        preprocess: of the evaluation.
+        class_weights: (C,) weights of the cross-entropy, or None.
+    """
+
+    config: SegmentConfig
+
+    def __init__(
+        self,
+        model: nn.Module,
+        data: SegmentationData,
+        config: SegmentConfig,
+        preprocess: SegmentPreprocess,
+        class_weights: Tensor | None = None,
+    ) -> None:
+        super().__init__(model, config)
+        self.classes = data.classes
+        self.ignore_index = data.ignore_index
+        self.preprocess = preprocess
+        self.class_weights: Tensor | None
+        self.register_buffer("class_weights", class_weights, persistent=False)
+        self.confusions = nn.ModuleDict(
+            {
+                f"{prefix}confusion": MulticlassConfusionMatrix(
+                    len(data.classes), ignore_index=data.ignore_index, validate_args=False
+                )
+                for prefix in self.networks
+            }
+        )
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        images, labels = batch
+        outputs = self.model(images.contiguous(memory_format=torch.channels_last))
+        loss = self._loss(outputs["out"], labels)
+        if "aux" in outputs:
+            loss = loss + self.config.loss.aux * self._loss(outputs["aux"], labels)
+        self.count_loss(loss, len(labels))
+        return loss
+
+    def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return segmentation_loss(logits, labels, self.config.loss, self.ignore_index, self.class_weights)
+
+    def validation_step(self, batch: list[tuple[Tensor, Tensor]], batch_idx: int) -> None:
+        for pixels, labels in batch:
+            window = self.preprocess.sliding_window(pixels)
+            for prefix, network in self.networks.items():
+
+                def score(part: Tensor, network: nn.Module = network) -> Tensor:
+                    return network.forward(part.contiguous(memory_format=torch.channels_last)).float()
+
+                height, width = labels.shape
+                predicted = label_map(score, [pixels], (height, width), window=window)
+                confusion: Any = self.confusions[f"{prefix}confusion"]
+                confusion.update(predicted.long().unsqueeze(0), labels.unsqueeze(0))
+
+    def on_validation_epoch_end(self) -> None:
+        for prefix in self.networks:
+            confusion: Any = self.confusions[f"{prefix}confusion"]
+            scores = SegmentScores(self.classes, confusion.compute().cpu(), 0)
+            self.log(f"val/{prefix}miou", scores.miou(), prog_bar=True)
+            self.log(f"val/{prefix}macc", scores.mean_accuracy())
+            self.log(f"val/{prefix}aacc", scores.accuracy())
+            confusion.reset()
+        super().on_validation_epoch_end()
+
+
+class SegmentJob(Job[SegmentConfig, SegmentSummary]):
+    """The training of a segmenter."""
+
+    monitor = "val/miou"
+    score = "mIoU"
+    columns = EPOCH_COLUMNS
+
+    def __init__(self, config: SegmentConfig, device: torch.device, past: dict[str, Any]) -> None:
+        self.data = data = load_segmentation_data(
+            config.data, classes=config.classes, ignore_index=config.ignore_index, train_images=config.train_images
+        )
+        check_counts(config, len(data.train), len(data.val))
+        if past and data.digest() != past["data"]:
+            raise ValueError(f"{config.data} is not what {config.resume} was training on: images were added or removed")
+        for line in data.describe():
+            console.say(line)
+        config = with_workers(config)
+        if past:
+            self.info = info = ModelInfo(**past["info"])
+            model = build_task_model(info.task, info.model, info.model_args, info.task_args)
+        else:
+            model, self.info = build_network(config, data)
+        self.config = config = replace(config, model=self.info.model)
+        self.preprocess = preprocess = SegmentPreprocess.of(self.info)
+        check_img_size(model, preprocess.size, "--crop-size")
+        model = model.train().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.task = SegmentTask(model, data, config, preprocess, class_weights(config, data))
+        self.loaders = _loaders(config, data, preprocess, device)
+        self.data_name = data.name
+        self.sources = [sample.image for sample in data.train]
+        self.description = {"data": data.digest()}
+        self.about = f"{data.name}, in crops of {'x'.join(map(str, preprocess.size))} px"
+
+    def resolved(self) -> SegmentConfig:
+        config = self.config
+        return replace(
+            config,
+            data=absolute(config.data) or config.data,
+            checkpoint=absolute(config.checkpoint),
+            classes=absolute(config.classes),
+            head=self.info.task_args["head"],
+            head_channels=self.info.task_args["channels"],
+            img_size=self.preprocess.img_size or 0,
+        )
+
+    def report(self, run: Path, speed: Speed) -> SegmentSummary:
+        config, data = self.config, self.data
+        predictor = SegmentPredictor.load(run, config.device)
+        evaluation = evaluate(predictor, data.val, data.mask_classes)
+        plot_curves(run / "metrics.csv", run / "curves.png", CURVES)
+        write_report(evaluation, run)
+        network: Any = predictor.model
+        network.aux = None
+        cost = model_cost(network, predictor.preprocess.size)
+        batch = config.batch_size * processes()[1]
+        summary = SegmentSummary(
+            run=str(run),
+            miou=round(evaluation.scores.miou(), 2),
+            macc=round(evaluation.scores.mean_accuracy(), 2),
+            aacc=round(evaluation.scores.accuracy(), 2),
+            num_params=cost.num_params,
+            num_macs=cost.num_macs,
+            images_per_second=round(evaluation.images_per_second, 1),
+            train_seconds=round(speed.seconds, 1),
+            train_images_per_second=round(batch / speed.seconds_per_batch, 1) if speed.seconds_per_batch else None,
+        )
+        write_text(run / SUMMARY, json.dumps(asdict(summary), indent=2) + "\n")
+        return summary
+
+
+def run_training(config: SegmentConfig) -> SegmentSummary | None:
+    """Train a segmenter as ``config`` says; see `qtvit.training.job.run_job`."""
+    return run_job(config, SegmentJob)
+
+
+def build_network(config: SegmentConfig, data: SegmentationData) -> tuple[nn.Module, ModelInfo]:
+    """The network to train, from random weights or from ``config.checkpoint``, and its description."""
+    name, model_args, heads = config.model or DEFAULT_MODEL, dict(config.model_args), {}
+    source, given = None, {}
+    if config.checkpoint is not None:
+        network, source = load_model(config.checkpoint, **config.model_args)
+        if source.task not in ("classify", "segment"):
+            raise ValueError(f"--checkpoint {config.checkpoint} was trained to {source.task}; a classifier is needed")
+        if config.model not in (None, source.model):
+            raise ValueError(f"--checkpoint {config.checkpoint} holds {source.model}, not {config.model}")
+        name, model_args, heads, given = source.model, source.model_args, source.task_args, network.state_dict()
+    task_args = {
+        "head": config.head or heads.get("head", "upernet"),
+        "aux": config.loss.aux > 0,
+        "channels": config.head_channels or heads.get("channels"),
+        "drop_rate": config.drop_rate,
+        "masks": mask_args(data.mask_classes),
+    }
+    model_args = {key: value for key, value in own_args(model_args).items() if key != "num_classes"}
+    model: Any = build_task_model("segment", name, {**model_args, **config.model_args}, task_args)
+    if source is not None and source.task == "classify":
+        try:
+            load_backbone(model.backbone, given)
+        except ValueError as error:
+            raise ValueError(f"{config.checkpoint}: {error}") from error
+    elif source is not None:
+        _take_over(model, given, source, task_args, data.classes, str(config.checkpoint))
+    if source is not None:
+        mean, std = source.preprocess["mean"], source.preprocess["std"]
+    else:
+        cfg = resolve_data_config(pretrained_cfg=timm.get_pretrained_cfg(name).to_dict())
+        mean, std = cfg["mean"], cfg["std"]
+    preprocess = SegmentPreprocess(config.crop_shape(), config.base_size, config.window, tuple(mean), tuple(std))
+    return model, ModelInfo(
+        name, model_args, list(data.classes), asdict(preprocess), task="segment", task_args=task_args
+    )
+
+
+def _take_over(
+    model: nn.Module,
+    given: Mapping[str, Tensor],
+    source: ModelInfo,
+    task_args: Mapping[str, Any],
+    classes: tuple[str, ...],
+    where: str,
+) -> None:
+    """Fill a network with the weights of a segmenter; what does not fit starts anew, and that is said."""
+    anew = []
+    if any(source.task_args[name] != task_args[name] for name in ("head", "channels")):
+        anew.append("head.")
+        console.say(f"{where} has another head ({source.task_args['head']}): the new one starts with random weights")
+    if list(classes) != source.classes:
+        anew += ["head.classifier.", "aux.classifier."]
+        console.say(
+            f"{where} tells {len(source.classes)} other classes apart ({some(source.classes)}): "
+            f"its classifier starts anew for {some(classes)}"
+        )
+    own = model.state_dict()
+    own.update({key: value for key, value in given.items() if key in own and not key.startswith(tuple(anew))})
+    model.load_state_dict(own)
+
+
+def class_weights(config: SegmentConfig, data: SegmentationData) -> Tensor | None:
+    """(C,) weights of the cross-entropy, if there are such."""
+    weights = config.loss.class_weights
+    if weights is None:
+        return None
+    if weights == "balanced":
+        return balanced_weights(data.train, data.mask_classes)
+    if len(weights) != len(data.classes):
+        raise ValueError(f"--loss.class-weights has {len(weights)} numbers, and there are {len(data.classes)} classes")
+    return torch.tensor(weights, dtype=torch.float32)
+
+
+def _loaders(
+    config: SegmentConfig, data: SegmentationData, preprocess: SegmentPreprocess, device: torch.device
+) -> Loaders:
+    augment, norm = config.augment, {"mean": preprocess.mean, "std": preprocess.std}
+    transform = SegmentationTrainTransform(
+        preprocess.size,
+        base_size=preprocess.img_size or 0,
+        scale=augment.scale,
+        hflip=augment.hflip,
+        max_class_ratio=augment.cat_max_ratio,
+        photometric=augment.photometric,
+        ignore_index=data.ignore_index,
+        **norm,
+    )
+    train = SegmentationDataset(data.train, data.mask_classes, transform)
+    val = SegmentationDataset(data.val, data.mask_classes, SegmentationEvalTransform(preprocess.img_size, **norm))
+    return make_loaders(
+        config, device, [train], len(data.train), val, len(data.val), val_collate=list, val_batch_size=1
+    )
