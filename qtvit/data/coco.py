@@ -7,6 +7,7 @@ from array import array
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -119,16 +120,18 @@ def read_coco(path: Path) -> tuple[CocoFile | None, Problems]:
     problems: Problems = {
         heading: [] for heading in (IN_FILES, IN_CATEGORIES, IN_IMAGES, IN_ANNOTATIONS, OUTSIDE, IN_MASKS)
     }
-    try:
-        content = _read_json(path)
-    except ValueError as error:
-        problems[IN_FILES].append(str(error))
-        return None, problems
-    categories = _read_categories(path, content["categories"], problems[IN_CATEGORIES].append)
-    names, image_ids, sizes = _read_images(path, content["images"], problems[IN_IMAGES].append)
-    reader = _ObjectReader(path, categories, image_ids, sizes, problems)
-    for position, entry in enumerate(content["annotations"]):
-        reader.add(position, entry)
+    with _without_collector():
+        try:
+            content = _read_json(path)
+        except ValueError as error:
+            problems[IN_FILES].append(str(error))
+            return None, problems
+        categories = _read_categories(path, content["categories"], problems[IN_CATEGORIES].append)
+        names, image_ids, sizes = _read_images(path, content["images"], problems[IN_IMAGES].append)
+        reader = _ObjectReader(path, categories, image_ids, sizes, problems)
+        for position, entry in enumerate(content["annotations"]):
+            reader.add(position, entry)
+        del content
     file = reader.file(names)
     if len(file.object_ids) == 0 and not any(problems.values()):
         problems[IN_ANNOTATIONS].append(f"{path}: no annotations")
@@ -143,7 +146,7 @@ def _read_json(path: Path) -> dict[str, list[Any]]:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such annotation file")
     try:
-        with _without_collector(), path.open("rb") as stream:
+        with path.open("rb") as stream:
             content = json.load(stream)
     except OSError as error:
         raise OSError(f"{path}: cannot be read ({error.strerror})") from error
@@ -234,28 +237,33 @@ class _ObjectReader:
 
     def add(self, position: int, entry: Any) -> None:
         """Take one annotation over, or report what is wrong with it."""
-        fault = _fault(entry, {"id": int, "image_id": int, "category_id": int, "bbox": list})
-        fault = fault or _box_fault(entry["bbox"])
-        if fault:
+        try:
+            number, image_id, category, (left, top, width, height) = _FIELDS(entry)
+            proper = type(number) is type(image_id) is type(category) is int and abs(number) < 2**63
+            proper = proper and math.isfinite(left + top + width + height)
+        except (KeyError, IndexError, TypeError, ValueError, OverflowError):
+            proper = False
+        if not proper:
+            wrong = _fault(entry, {"id": int, "image_id": int, "category_id": int, "bbox": list}) or _box_fault(entry)
             name = _entry_name("annotation", "annotations", position, entry)
-            self.problems[IN_ANNOTATIONS].append(f"{self.path}: {name} {fault}")
+            self.problems[IN_ANNOTATIONS].append(f"{self.path}: {name} {wrong}")
             return
-        number, image = entry["id"], self.position_of.get(entry["image_id"])
+        image = self.position_of.get(image_id, -1)
+        fault = None
         if number in self.known_ids:
             fault = "comes twice"
-        elif image is None:
-            fault = f"is of image {entry['image_id']}, which is not in the file"
-        elif entry["category_id"] not in self.categories:
-            fault = f"is of category {entry['category_id']}, which is not in the file"
+        elif image < 0:
+            fault = f"is of image {image_id}, which is not in the file"
+        elif category not in self.categories:
+            fault = f"is of category {category}, which is not in the file"
         self.known_ids.add(number)
-        if fault or image is None:
+        if fault:
             self.problems[IN_ANNOTATIONS].append(f"{self.path}: annotation {number} {fault}")
             return
-        left, top, width, height = entry["bbox"]
         area = entry.get("area")
         self.object_ids.append(number)
         self.image_of.append(image)
-        self.category_ids.append(entry["category_id"])
+        self.category_ids.append(category)
         self.crowd.append(bool(entry.get("iscrowd")))
         self.boxes.extend((left, top, left + width, top + height))
         self.areas.append(area if isinstance(area, (int, float)) else width * height)
@@ -288,13 +296,17 @@ class _ObjectReader:
         return None
 
     def _add_ring(self, ring: Any) -> str | None:
-        if not isinstance(ring, list) or not all(type(value) in (int, float) for value in ring):
+        if not isinstance(ring, list):
             return "a polygon is no list of numbers x, y, x, y, …"
         if len(ring) < 6 or len(ring) % 2:
             return f"a polygon of {len(ring)} numbers; expected x and y of three points or more"
-        if not math.isfinite(sum(ring)):
+        try:
+            values = array("d", ring)
+        except (TypeError, OverflowError):
+            return "a polygon is no list of numbers x, y, x, y, …"
+        if not math.isfinite(sum(values)):
             return "a polygon with numbers that are not finite"
-        self.values.extend(ring)
+        self.values.extend(values)
         self.ring_ends.append(len(self.values))
         return None
 
@@ -339,14 +351,12 @@ def _fault(entry: Any, keys: Mapping[str, type]) -> str | None:
     return None
 
 
+_FIELDS = itemgetter("id", "image_id", "category_id", "bbox")
 _KINDS = {int: "a whole number", str: "a text", list: "[left, top, width, height]"}
 
 
-def _box_fault(box: list[Any]) -> str | None:
-    numbers = len(box) == 4 and all(type(value) in (int, float) for value in box)
-    if numbers and math.isfinite(sum(box)):
-        return None
-    return f"has 'bbox': {json.dumps(box)[:60]}; expected four finite numbers [left, top, width, height]"
+def _box_fault(entry: dict[str, Any]) -> str:
+    return f"has 'bbox': {json.dumps(entry['bbox'])[:60]}; expected four finite numbers [left, top, width, height]"
 
 
 def _entry_name(what: str, key: str, position: int, entry: Any) -> str:
