@@ -47,7 +47,8 @@ class CocoFile:
         boxes: (M, 4) left, top, right and bottom in pixels.
         areas: (M,) in pixels, of the box if the file does not say it.
         crowd: (M,) whether it is a region with many objects.
-        segments: masks.
+        masked: (M,) whether the file gives a mask.
+        segments: the masks.
         by_image: (M,) positions of the objects, image by image.
         first: (N + 1,) where in ``by_image`` each image begins.
     """
@@ -63,6 +64,7 @@ class CocoFile:
     boxes: np.ndarray
     areas: np.ndarray
     crowd: np.ndarray
+    masked: np.ndarray
     segments: Segments
     by_image: np.ndarray
     first: np.ndarray
@@ -231,6 +233,7 @@ class _ObjectReader:
         self.size_of = [(height, width) for width, height in sizes.tolist()]
         self.known_ids: set[int] = set()
         self.object_ids, self.image_of, self.category_ids, self.crowd = array("q"), array("q"), array("q"), array("b")
+        self.masked = array("b")
         self.boxes, self.areas = array("d"), array("d")
         self.values, self.ring_ends, self.object_rings = array("d"), array("q", [0]), array("q", [0])
         self.rle, self.object_rle = bytearray(), array("q", [0])
@@ -246,36 +249,45 @@ class _ObjectReader:
         if not proper:
             wrong = _fault(entry, {"id": int, "image_id": int, "category_id": int, "bbox": list}) or _box_fault(entry)
             name = _entry_name("annotation", "annotations", position, entry)
-            self.problems[IN_ANNOTATIONS].append(f"{self.path}: {name} {wrong}")
+            self._report(f"{name} {wrong}")
             return
         image = self.position_of.get(image_id, -1)
-        fault = None
         if number in self.known_ids:
-            fault = "comes twice"
+            self._report(f"annotation {number} comes twice")
         elif image < 0:
-            fault = f"is of image {image_id}, which is not in the file"
+            self._report_unknown(number, "image", image_id, IN_IMAGES)
         elif category not in self.categories:
-            fault = f"is of category {category}, which is not in the file"
+            self._report_unknown(number, "category", category, IN_CATEGORIES)
+        else:
+            self._take(entry, image)
         self.known_ids.add(number)
-        if fault:
-            self.problems[IN_ANNOTATIONS].append(f"{self.path}: annotation {number} {fault}")
-            return
+
+    def _report(self, fault: str) -> None:
+        self.problems[IN_ANNOTATIONS].append(f"{self.path}: {fault}")
+
+    def _report_unknown(self, number: int, what: str, reference: int, heading: str) -> None:
+        """Unless it may be to one of the entries that have been reported as broken."""
+        if not self.problems[heading]:
+            self._report(f"annotation {number} is of {what} {reference}, which is not in the file")
+
+    def _take(self, entry: dict[str, Any], image: int) -> None:
+        left, top, width, height = entry["bbox"]
         area = entry.get("area")
-        self.object_ids.append(number)
+        self.object_ids.append(entry["id"])
         self.image_of.append(image)
-        self.category_ids.append(category)
+        self.category_ids.append(entry["category_id"])
         self.crowd.append(bool(entry.get("iscrowd")))
         self.boxes.extend((left, top, left + width, top + height))
         self.areas.append(area if isinstance(area, (int, float)) else width * height)
-        if mask_fault := self._add_mask(entry.get("segmentation"), *self.size_of[image]):
-            self.problems[IN_MASKS].append(f"{self.path}: annotation {number}: {mask_fault}")
+        segmentation = entry.get("segmentation")
+        self.masked.append(bool(segmentation))
+        if segmentation and (mask_fault := self._add_mask(segmentation, *self.size_of[image])):
+            self.problems[IN_MASKS].append(f"{self.path}: annotation {entry['id']}: {mask_fault}")
         self.object_rings.append(len(self.ring_ends) - 1)
         self.object_rle.append(len(self.rle))
 
     def _add_mask(self, mask: Any, height: int, width: int) -> str | None:
         """Take a segmentation over; returns what is wrong with it."""
-        if not mask:
-            return None
         if isinstance(mask, list):
             return next((fault for ring in mask if (fault := self._add_ring(ring))), None)
         if not isinstance(mask, dict) or "counts" not in mask or "size" not in mask:
@@ -326,6 +338,7 @@ class _ObjectReader:
             boxes=np.array(self.boxes).reshape(-1, 4),
             areas=np.array(self.areas),
             crowd=np.array(self.crowd, bool),
+            masked=np.array(self.masked, bool),
             segments=Segments(
                 np.array(self.values),
                 np.array(self.ring_ends),
