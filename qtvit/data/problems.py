@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-
 NUM_SHOWN = 10
 """Entries of each list in a report."""
 
