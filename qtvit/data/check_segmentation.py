@@ -91,6 +91,7 @@ def check_before_training(layout: SegmentationLayout, meaning: MaskClasses, num_
         _collect(problems, _look(samples, num_threads, full=False))
         chosen = [samples[i] for i in np.linspace(0, len(samples) - 1, min(NUM_PROBED, len(samples))).astype(int)]
         facts = [_mask_facts(sample) for sample in chosen]
+        _collect(problems, facts)
         _check_values(problems, chosen, facts, meaning)
         probed += facts
     _check_one_class(problems, layout, probed, meaning)
@@ -204,7 +205,8 @@ def _is_jpeg(path: Path) -> bool:
 def _collect(problems: Problems, facts: Sequence[_Facts]) -> None:
     for found in facts:
         for title, entry in found.problems:
-            problems.setdefault(title, []).append(entry)
+            if entry not in (entries := problems.setdefault(title, [])):
+                entries.append(entry)
 
 
 def _check_values(
@@ -227,7 +229,7 @@ def _pixels(facts: Sequence[_Facts], meaning: MaskClasses) -> np.ndarray:
 def _check_presence(
     problems: Problems, root: Path, facts: Mapping[str, Sequence[_Facts]], meaning: MaskClasses
 ) -> None:
-    train, val = ((_pixels(facts[split], meaning) > 0).sum(0) for split in ("train", "val"))
+    train, val = ((_pixels(facts[split], meaning) > 0).sum(0).tolist() for split in ("train", "val"))
     for label, name in enumerate(meaning.names):
         if train[label] == 0 and val[label] == 0:
             problems.setdefault("classes that no mask has", []).append(f"{root}: class {label} ({name}) is in no mask")

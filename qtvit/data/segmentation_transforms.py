@@ -119,7 +119,7 @@ class RandomScaledCrop(v2.Transform):
         mode = InterpolationMode.NEAREST_EXACT if mask else InterpolationMode.BILINEAR
         shown = tvf.resized_crop(inpt, **params, interpolation=mode, antialias=True)
         bottom, right = (full - part for full, part in zip(self.size, params["size"], strict=True))
-        return tvf.pad(shown, [0, 0, right, bottom], fill=[self.ignore_index] if mask else self.fill)
+        return tvf.pad(shown, [0, 0, right, bottom], fill=self.ignore_index if mask else self.fill)
 
     def _is_mixed(self, labels: Tensor) -> bool:
         counts = labels[labels != self.ignore_index].unique(return_counts=True)[1]
