@@ -60,19 +60,19 @@ def open_image(source: ImageSource) -> Image.Image:
     if isinstance(source, (np.ndarray, Tensor)):
         return _to_rgb(_from_array(source), "image array")
     if isinstance(source, Image.Image):
-        image = _to_rgb(_decode(source, "PIL image"), "PIL image")
+        image = _to_rgb(decode(source, "PIL image"), "PIL image")
         return image.copy() if image is source else image
     if isinstance(source, bytes):
-        return _to_rgb(_decode(source, "image bytes"), "image bytes")
+        return _to_rgb(decode(source, "image bytes"), "image bytes")
     if isinstance(source, PackedImage):
-        return _to_rgb(_decode(source.read(), str(source)), str(source))
+        return _to_rgb(decode(source.read(), str(source)), str(source))
     if not isinstance(source, (str, Path)):
         raise ValueError(
             f"an image given as {type(source).__name__}; expected a path, bytes, PIL image, array or tensor"
         )
     if not Path(source).is_file():
         raise FileNotFoundError(f"{source}: no such image file")
-    return _to_rgb(_decode(source, str(source)), str(source))
+    return _to_rgb(decode(source, str(source)), str(source))
 
 
 def source_name(source: ImageSource) -> str | None:
@@ -160,8 +160,8 @@ def _raise(error: OSError) -> None:
     raise error
 
 
-def _decode(source: str | Path | bytes | Image.Image, name: str) -> Image.Image:
-    """The image read in full."""
+def decode(source: str | Path | bytes | Image.Image, name: str) -> Image.Image:
+    """The image read in full, as it is stored; errors as `open_image`."""
     try:
         if isinstance(source, Image.Image):
             source.load()
@@ -208,7 +208,7 @@ def _upright(image: Image.Image) -> Image.Image:
     try:
         with _without_warnings():
             orientation = image.getexif().get(ExifTags.Base.Orientation)
-    except Exception:  # as in _decode
+    except Exception:  # as in decode
         return image
     return image.transpose(_TURNS[orientation]) if orientation in _TURNS else image
 

@@ -1,0 +1,262 @@
+"""Masks: pictures whose values say of which class each pixel is."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from qtvit.errors import some
+
+from .images import any_size, decode
+from .palette import Color, color_keys, default_palette, format_color, key_color
+
+MAX_VALUE = 65535
+"""Of an index mask: 16 bits."""
+
+LABEL = np.int16
+"""Of labels in memory."""
+
+_UNKNOWN = np.iinfo(LABEL).min
+_INDEX_MODES = ("1", "L", "P", "I", "I;16", "I;16B", "I;16L", "I;16N")
+
+
+@dataclass(frozen=True)
+class MaskClasses:
+    """What the values of masks mean.
+
+    An index mask has one channel, the value of each pixel's class; a colour mask has three, its colour.
+
+    Attributes:
+        names: C classes.
+        values: of the classes in index masks, in the order of ``names``.
+        ignored: values in index masks that are of no class.
+        colors: of the classes, to draw them, and with ``by_color`` to read colour masks.
+        ignored_colors: colours in colour masks that are of no class.
+        by_color: whether ``colors`` are what masks have.
+        ignore_index: the label of pixels that are of no class.
+
+    Raises:
+        ValueError: names, values or colours that are not distinct or not possible.
+    """
+
+    names: tuple[str, ...]
+    values: tuple[int, ...]
+    ignored: tuple[int, ...] = ()
+    colors: tuple[Color, ...] = ()
+    ignored_colors: tuple[Color, ...] = ()
+    by_color: bool = False
+    ignore_index: int = 255
+
+    def __post_init__(self) -> None:
+        if not self.colors:
+            object.__setattr__(self, "colors", default_palette(len(self.names)))
+        assert len(self.names) == len(self.values) == len(self.colors)
+        if len(self.names) < 2:
+            raise ValueError(f"{len(self.names)} class{'es' * (not self.names)} ({some(self.names)}); two are needed")
+        if 0 <= self.ignore_index < len(self.names):
+            raise ValueError(
+                f"ignore_index {self.ignore_index} is the label of class {self.names[self.ignore_index]}; give one "
+                f"from {len(self.names)} on, or -1"
+            )
+        if not _UNKNOWN < self.ignore_index <= np.iinfo(LABEL).max:
+            raise ValueError(
+                f"ignore_index must be from {_UNKNOWN + 1} to {np.iinfo(LABEL).max}, got {self.ignore_index}"
+            )
+        if twice := _doubled(self.names):
+            raise ValueError(f"two classes have the name {twice[0]}")
+        if wrong := [value for value in (*self.values, *self.ignored) if not 0 <= value <= MAX_VALUE]:
+            raise ValueError(f"mask value {wrong[0]}; expected 0 to {MAX_VALUE}")
+        if twice := _doubled((*self.values, *self.ignored)):
+            raise ValueError(f"mask value {twice[0]} is given two meanings; {self._values()}")
+        if self.by_color and (twice := _doubled((*self.colors, *self.ignored_colors))):
+            raise ValueError(f"the colour {format_color(twice[0])} is given two meanings")
+
+    def read(self, path: Path) -> np.ndarray:
+        """(H, W) labels from a mask's file.
+
+        Raises:
+            FileNotFoundError: there is none.
+            ValueError: it cannot be read, or has values that are of no class; the message names the file.
+        """
+        mask = read_mask(path)
+        labels = self._look_up(self.as_index(mask))
+        if (labels == _UNKNOWN).any():
+            raise ValueError(f"{path}: {self.unknown(self.plain(count_values(mask)))}")
+        return labels
+
+    def as_index(self, mask: np.ndarray) -> np.ndarray:
+        """An index mask that was saved with three equal channels as one of one channel; others as they are."""
+        return mask[..., 0] if mask.ndim == 3 and not self.by_color and is_grey(mask) else mask
+
+    def plain(self, counts: "ValueCounts") -> "ValueCounts":
+        """What `as_index` does, for the values of a mask."""
+        if not counts.color or self.by_color or any(len(set(key_color(key))) > 1 for key in counts.pixels):
+            return counts
+        return ValueCounts({key & 255: count for key, count in counts.pixels.items()}, color=False)
+
+    def unknown(self, counts: "ValueCounts") -> str | None:
+        """What is wrong with these values of a mask: which are of no class, and how many pixels have them."""
+        if counts.color and not self.by_color:
+            return f"a colour mask, but there are no colours of the classes; its colours: {counts}"
+        known = self._color_labels if counts.color else self._value_labels
+        rest = {value: count for value, count in counts.pixels.items() if value not in known}
+        if not rest:
+            return None
+        if counts.color:
+            return f"colours that no class has: {ValueCounts(rest, color=True)}"
+        return f"values that no class has: {ValueCounts(rest, color=False)}; {self._values()}"
+
+    def label_counts(self, counts: "ValueCounts") -> np.ndarray:
+        """(C,) pixels of each class among these values of a mask; those of no class are left out."""
+        known = self._color_labels if counts.color else self._value_labels
+        result = np.zeros(len(self.names), np.int64)
+        for value, count in counts.pixels.items():
+            if (label := known.get(value, self.ignore_index)) != self.ignore_index:
+                result[label] += count
+        return result
+
+    def paint(self, labels: np.ndarray) -> Image.Image:
+        """The colour mask of (H, W) labels; what is ignored has the first of the ignored colours, or is white."""
+        void = self.ignored_colors[0] if self.ignored_colors else (255, 255, 255)
+        palette = np.array([*self.colors, void], np.uint8)
+        return Image.fromarray(palette[self._checked(labels)])
+
+    def index_image(self, labels: np.ndarray) -> Image.Image:
+        """The index mask of (H, W) labels, with the values that `read` reads.
+
+        It has 8 bits and the classes' colours as its palette, or 16 bits if there are values above 255. What is
+        ignored has the first of the ignored values, or the highest there is.
+        """
+        last = 255 if max((*self.values, *self.ignored[:1])) <= 255 else MAX_VALUE
+        void = self.ignored[0] if self.ignored else last
+        values = np.array([*self.values, void], np.uint16)[self._checked(labels)]
+        if last == MAX_VALUE:
+            return Image.fromarray(values)
+        palette = np.full((256, 3), 255, np.uint8)
+        palette[list(self.values)] = self.colors
+        image = Image.fromarray(values.astype(np.uint8))
+        image.putpalette(palette.tobytes())
+        return image
+
+    def _checked(self, labels: np.ndarray) -> np.ndarray:
+        """Labels with C for what is ignored."""
+        num_classes = len(self.names)
+        positions = np.where(labels == self.ignore_index, num_classes, labels)
+        assert ((positions >= 0) & (positions <= num_classes)).all(), "labels that are no class"
+        return positions
+
+    def _look_up(self, mask: np.ndarray) -> np.ndarray:
+        if mask.ndim == 3:
+            keys = np.array(sorted(self._color_labels), np.int32) if self.by_color else np.zeros(1, np.int32)
+            labels = np.array([self._color_labels.get(key, _UNKNOWN) for key in keys.tolist()], LABEL)
+            found = color_keys(mask)
+            position = np.searchsorted(keys, found).clip(max=len(keys) - 1)
+            return np.where(keys[position] == found, labels[position], LABEL(_UNKNOWN))
+        known = (mask >= 0) & (mask <= MAX_VALUE)
+        return np.where(known, self._value_table[np.where(known, mask, 0)], LABEL(_UNKNOWN))
+
+    @cached_property
+    def _value_table(self) -> np.ndarray:
+        table = np.full(MAX_VALUE + 1, _UNKNOWN, LABEL)
+        for value, label in self._value_labels.items():
+            table[value] = label
+        return table
+
+    @cached_property
+    def _value_labels(self) -> dict[int, int]:
+        return dict.fromkeys(self.ignored, self.ignore_index) | {v: label for label, v in enumerate(self.values)}
+
+    @cached_property
+    def _color_labels(self) -> dict[int, int]:
+        if not self.by_color:
+            return {}
+        keys = color_keys(np.array([*self.colors, *self.ignored_colors], np.uint8)).tolist()
+        return dict(zip(keys, [*range(len(self.names)), *[self.ignore_index] * len(self.ignored_colors)], strict=True))
+
+    def _values(self) -> str:
+        first, last = min(self.values), max(self.values)
+        numbers = f"{first} to {last}" if last - first + 1 == len(self.values) else some(sorted(self.values), 20)
+        ignored = f", and {some(self.ignored)} of none" if self.ignored else ""
+        return f"those of the {len(self.values)} classes are {numbers}{ignored}"
+
+
+@dataclass(frozen=True)
+class ValueCounts:
+    """How many pixels of a mask have which value.
+
+    Attributes:
+        pixels: by value, or by `color_keys` number.
+        color: whether it is of a colour mask.
+    """
+
+    pixels: Mapping[int, int]
+    color: bool
+
+    def __str__(self) -> str:
+        ranked = sorted(self.pixels.items(), key=lambda item: (-item[1], item[0]))
+        return some([f"{format_color(key_color(v)) if self.color else v} ({n:,} px)" for v, n in ranked])
+
+
+def read_mask(path: Path) -> np.ndarray:
+    """The values that are stored in a mask: (H, W) integers of an index mask, (H, W, 3) uint8 of a colour mask.
+
+    Of a picture with a palette these are the indices. Neither EXIF rotation nor colour profiles are applied, and
+    transparency is left out.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it cannot be read as a mask, or is a JPEG; the message names it.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such mask file")
+    with any_size():
+        image = decode(path, str(path))
+    if image.format in ("JPEG", "MPO"):
+        raise ValueError(f"{path}: {JPEG_MASK}")
+    if image.mode in ("RGB", "RGBA"):
+        return np.asarray(image)[..., :3]
+    if image.mode in ("LA", "PA"):
+        return np.asarray(image)[..., 0]
+    if image.mode not in _INDEX_MODES:
+        raise ValueError(
+            f"{path}: a picture of mode {image.mode}, which is no mask; save masks as 8-bit grey or RGB PNG"
+        )
+    mask = np.asarray(image)
+    return mask.astype(np.uint8) if mask.dtype == bool else mask
+
+
+JPEG_MASK = "a mask saved as JPEG, whose lossy compression invents values; make the masks anew as PNG"
+"""What is wrong with such a mask, whatever its name ends in."""
+
+
+def is_grey(mask: np.ndarray) -> bool:
+    """Whether the three channels of a colour mask are equal."""
+    return bool((mask[..., 0] == mask[..., 1]).all() and (mask[..., 1] == mask[..., 2]).all())
+
+
+def count_values(mask: np.ndarray) -> ValueCounts:
+    """The values of a mask as `read_mask` returns it."""
+    color = mask.ndim == 3
+    flat = (color_keys(mask) if color else mask).ravel()
+    if flat.dtype == np.uint8:
+        counts = np.bincount(flat, minlength=256)
+        values = np.flatnonzero(counts)
+        counts = counts[values]
+    else:
+        values, counts = np.unique(flat, return_counts=True)
+    return ValueCounts(dict(zip(values.tolist(), counts.tolist(), strict=True)), color)
+
+
+def index_colors(path: Path) -> dict[int, Color]:
+    """The palette of a picture by index; empty if it has none. The file has to be one that can be read."""
+    with Image.open(path) as image:
+        palette = image.getpalette() if image.mode == "P" else None
+    channels = palette or []
+    return {i: (channels[3 * i], channels[3 * i + 1], channels[3 * i + 2]) for i in range(len(channels) // 3)}
+
+
+def _doubled(items: Sequence) -> list:
+    return [item for position, item in enumerate(items) if item in items[:position]]

@@ -1,0 +1,158 @@
+"""Images with a class for each pixel."""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from .check_segmentation import check_before_training, resolve_classes, size_mismatch
+from .classification import data_folder
+from .images import file_size, open_image
+from .masks import MaskClasses
+from .palette import Color, format_color
+from .problems import ProblemReport
+from .segmentation_layout import SegmentationSample, read_layout
+
+SegmentationTransform = Callable[[Image.Image, Tensor], tuple[Tensor, Tensor]]
+"""PIL RGB image and (H, W) int16 labels -> the network's input and (H, W) int64 labels."""
+
+
+@dataclass(frozen=True)
+class SegmentationData:
+    """Images with masks in two splits.
+
+    Attributes:
+        name: of the data.
+        mask_classes: the classes, and which values of the masks they have.
+        train, val: the splits.
+    """
+
+    name: str
+    mask_classes: MaskClasses
+    train: list[SegmentationSample]
+    val: list[SegmentationSample]
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """What the labels index."""
+        return self.mask_classes.names
+
+    @property
+    def colors(self) -> tuple[Color, ...]:
+        """The colour of each class."""
+        return self.mask_classes.colors
+
+    @property
+    def ignore_index(self) -> int:
+        """The label of pixels that are of no class."""
+        return self.mask_classes.ignore_index
+
+    def digest(self) -> str:
+        """A hash of which images and masks are in which split and what the masks mean, wherever the folder is."""
+        meaning = self.mask_classes
+        lines = [repr((meaning.names, meaning.values, meaning.ignored, meaning.ignore_index, meaning.by_color))]
+        lines += [repr((meaning.colors, meaning.ignored_colors))] if meaning.by_color else []
+        lines += [
+            f"{part} {sample.name} {file_size(sample.image)} {file_size(sample.mask)}"
+            for part, samples in (("train", self.train), ("val", self.val))
+            for sample in samples
+        ]
+        return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+    def describe(self) -> list[str]:
+        """The classes and splits in words, for a person to see before training."""
+        meaning = self.mask_classes
+        values = ", ".join(
+            f"{name} ({'colour ' + format_color(color) if meaning.by_color else value})"
+            for name, value, color in zip(meaning.names, meaning.values, meaning.colors, strict=True)
+        )
+        ignored = f"; ignored mask values: {', '.join(map(str, meaning.ignored))}" if meaning.ignored else ""
+        return [
+            f"{len(meaning.names)} classes, with their mask values: {values}{ignored}",
+            f"{len(self.train):,} images to train on, {len(self.val):,} held out",
+        ]
+
+
+class SegmentationDataset(Dataset[tuple[Tensor, Tensor]]):
+    """Samples read with `open_image` and `MaskClasses.read`, then transformed.
+
+    Raises, when indexed:
+        FileNotFoundError, ValueError: a file cannot be read, the mask has values of no class, or another size than the
+            image; the message names the file.
+    """
+
+    def __init__(
+        self, samples: Sequence[SegmentationSample], mask_classes: MaskClasses, transform: SegmentationTransform
+    ) -> None:
+        self.samples = samples
+        self.mask_classes = mask_classes
+        self.transform = transform
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        return self.transform(*self.read(index))
+
+    def read(self, index: int) -> tuple[Image.Image, Tensor]:
+        """The image as it is, and its (H, W) int16 labels."""
+        sample = self.samples[index]
+        image = open_image(sample.image)
+        labels = self.mask_classes.read(sample.mask)
+        height, width = labels.shape
+        if image.size != (width, height):
+            raise ValueError(size_mismatch(sample, (width, height)))
+        return image, torch.from_numpy(np.ascontiguousarray(labels))
+
+
+def load_segmentation_data(
+    data: str, *, classes: str | None = None, ignore_index: int = 255, train_images: int | None = None
+) -> SegmentationData:
+    """Find the images and masks of a folder, and what the masks mean.
+
+    Layouts and files of classes are shown in docs/segmentation.md. Without such a file, and if it is not ADE20K, all
+    masks are read to find the classes.
+
+    Args:
+        data: the folder.
+        classes: file of classes; None for classes.txt or classes.yaml in the folder, if there is one.
+        ignore_index: label of pixels that are of no class, and (unless the file of classes, or the layout, says
+            otherwise) their value in index masks; -1 if there are none.
+        train_images: train on that many of the training images, see `choose_samples`.
+
+    Raises:
+        FileNotFoundError: there is no such folder or file of classes.
+        ValueError: there is a problem with the data (the first ones are named, and the command that lists all);
+            ``train_images`` is not possible.
+    """
+    root = data_folder(data)
+    layout = read_layout(root)
+    command = f"qtvit data check {data} --task segment"
+    ProblemReport(problems=layout.problems).raise_if_any(command)
+    meaning = resolve_classes(layout, classes, ignore_index)
+    check_before_training(layout, meaning).raise_if_any(command)
+    train = choose_samples(layout.splits["train"], train_images)
+    return SegmentationData(root.resolve().name, meaning, train, layout.splits["val"])
+
+
+def choose_samples(samples: Sequence[SegmentationSample], num_images: int | None) -> list[SegmentationSample]:
+    """``num_images`` of the samples, in their order; None: all of them.
+
+    Which ones follows from a hash of their names, so a larger choice holds a smaller one.
+
+    Raises:
+        ValueError: they are more than there are, or none.
+    """
+    if num_images is None:
+        return list(samples)
+    if not 1 <= num_images <= len(samples):
+        raise ValueError(
+            f"--train-images must be from 1 to {len(samples)}, all there are to train on; got {num_images}"
+        )
+    ranked = sorted(range(len(samples)), key=lambda i: hashlib.sha256(samples[i].name.encode()).digest())
+    return [samples[i] for i in sorted(ranked[:num_images])]
