@@ -75,7 +75,7 @@ def linear_attention_cf(
     """
     _check_shapes(q, k, v)
     spec = get_kernel(kernel)
-    with _full_precision(q) as upcast:
+    with full_precision(q) as upcast:
         given = {name: upcast(value) for name, value in _resolve_scalars(spec, scalars, q).items()}
         q, k, values = upcast(q), upcast(k), upcast(v)
         if spec.features is None:
@@ -120,7 +120,7 @@ def attention_weights(
     """
     _check_shapes(q.mT, k.mT, k.mT)
     spec = get_kernel(kernel)
-    with _full_precision(q) as upcast:
+    with full_precision(q) as upcast:
         given = {name: upcast(value) for name, value in _resolve_scalars(spec, scalars, q).items()}
         q, k = upcast(q), upcast(k)
         if spec.features is None:
@@ -142,13 +142,13 @@ def masked_softmax_attention_cf(q: Tensor, k: Tensor, v: Tensor, threshold: floa
     q (B, heads, D, N), k (B, heads, D, M), v (B, heads, E, M) -> (B, heads, E, N).
     """
     _check_shapes(q, k, v)
-    with _full_precision(q) as upcast:
+    with full_precision(q) as upcast:
         weights = (upcast(q).mT @ upcast(k) / q.shape[-2] ** 0.5).softmax(-1)
         return (upcast(v) @ weights.masked_fill(weights <= threshold, 0).mT).to(v.dtype)
 
 
 @contextlib.contextmanager
-def _full_precision(like: Tensor) -> Iterator[Callable[[Tensor], Tensor]]:
+def full_precision(like: Tensor) -> Iterator[Callable[[Tensor], Tensor]]:
     """Autocast off for ``like``'s device; gives what casts inputs to fp32."""
     autocast = like.device.type in AUTOCAST_DEVICES and torch.is_autocast_enabled(like.device.type)
     with torch.autocast(like.device.type, enabled=False) if autocast else contextlib.nullcontext():

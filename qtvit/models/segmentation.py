@@ -1,0 +1,243 @@
+"""Semantic segmentation: a backbone, a head on the maps of its last stages, and while training a second, auxiliary one.
+
+Shapes: B batch, C channels, H x W image or feature map.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from qtvit.errors import unknown_name
+from qtvit.layers import ConvNormAct, MBConv, Residual
+from qtvit.ops.attention import full_precision
+
+from .backbone import build_backbone
+
+AUX_WEIGHT = 0.4
+"""Weight of the auxiliary head's loss next to 1 for the main head's."""
+POOL_BINS = (1, 2, 3, 6)
+"""Sides of the grids that pyramid pooling averages over."""
+
+
+def resize(x: Tensor, size: Sequence[int]) -> Tensor:
+    """Bilinear interpolation of maps to ``size`` (H, W); both cover the same image up to its edges."""
+    return F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=False)
+
+
+def average_bins(x: Tensor, bins: int) -> Tensor:
+    """``torch.nn.functional.adaptive_avg_pool2d(x, bins)``: (B, C, H, W) -> (B, C, bins, bins).
+
+    As two products with matrices that are made in the graph, it follows the size of the image in exported files,
+    where the size of torch's own operation is a constant. Sums run in fp32, whatever autocast says.
+    """
+    with full_precision(x) as upcast:
+        wide = upcast(x)
+        rows, columns = (_bin_weights(bins, side, wide) for side in x.shape[-2:])
+        return (rows @ (wide @ columns.mT)).to(x.dtype)
+
+
+def _bin_weights(bins: int, side: int, like: Tensor) -> Tensor:
+    """(bins, side): row i averages the pixels that overlap the i-th of ``bins`` equal parts of ``side``."""
+    i = torch.arange(bins, device=like.device).unsqueeze(1)
+    pixel = torch.arange(side, device=like.device)
+    overlap = ((i * side < (pixel + 1) * bins) & (pixel * bins < (i + 1) * side)).to(like.dtype)
+    return overlap / overlap.sum(1, keepdim=True)
+
+
+class PixelClassifier(nn.Sequential):
+    """Dropout of whole channels, then a 1×1 convolution to ``num_classes`` logits: (B, C, H, W), same H and W out."""
+
+    def __init__(self, in_chans: int, num_classes: int, drop_rate: float) -> None:
+        super().__init__()
+        self.drop = nn.Dropout2d(drop_rate)
+        self.conv = nn.Conv2d(in_chans, num_classes, 1)
+        nn.init.normal_(self.conv.weight, std=0.01)
+        nn.init.zeros_(self.conv.bias)  # type: ignore[arg-type]
+
+
+class PyramidPooling(nn.Module):
+    """Averages over grids of 1, 2, 3 and 6 bins a side beside the map itself: (B, in_chans, H, W) -> (B, C, H, W).
+
+    Raises:
+        ValueError: in ``forward``, training on a batch of 1, whose average over the whole map BatchNorm cannot
+            normalise (it would leave running statistics that are not finite).
+    """
+
+    def __init__(self, in_chans: int, channels: int) -> None:
+        super().__init__()
+        self.branches = nn.ModuleList(ConvNormAct(in_chans, channels, 1, act="relu") for _ in POOL_BINS)
+        self.fuse = ConvNormAct(in_chans + len(POOL_BINS) * channels, channels, 3, act="relu")
+
+    def forward(self, x: Tensor) -> Tensor:
+        if any(type(m) is nn.BatchNorm2d and m.training for m in self.branches.modules()) and len(x) == 1:
+            raise ValueError("UPerNet is trained in batches of 2 images or more, got 1: its BatchNorms need that")
+        pooled = [branch(average_bins(x, bins)) for bins, branch in zip(POOL_BINS, self.branches, strict=True)]
+        return self.fuse(torch.cat([x, *(resize(bins, x.shape[-2:]) for bins in pooled)], 1))
+
+
+class UPerHead(nn.Module):
+    """The head of UPerNet: pyramid pooling of the last map, a feature pyramid, and all its levels fused at the finest.
+
+    "Unified Perceptual Parsing for Scene Understanding", Xiao et al., ECCV 2018.
+
+    Args:
+        in_chans: channels of the maps, the finest first.
+        num_classes: logits of each pixel.
+        channels: of all maps inside.
+        drop_rate: dropout before the classifier.
+    """
+
+    def __init__(self, in_chans: Sequence[int], num_classes: int, channels: int, drop_rate: float) -> None:
+        super().__init__()
+        self.pool = PyramidPooling(in_chans[-1], channels)
+        self.laterals = nn.ModuleList(ConvNormAct(chans, channels, 1, act="relu") for chans in in_chans[:-1])
+        self.smooth = nn.ModuleList(ConvNormAct(channels, channels, 3, act="relu") for _ in in_chans[:-1])
+        self.fuse = ConvNormAct(len(in_chans) * channels, channels, 3, act="relu")
+        self.classifier = PixelClassifier(channels, num_classes, drop_rate)
+
+    def forward(self, features: Sequence[Tensor]) -> Tensor:
+        """Maps, the finest first -> (B, num_classes, H, W) at the size of the finest."""
+        levels = [self.pool(features[-1])]
+        for lateral, x in zip(reversed(self.laterals), reversed(features[:-1]), strict=True):
+            levels.insert(0, lateral(x) + resize(levels[0], x.shape[-2:]))
+        levels = [*(conv(x) for conv, x in zip(self.smooth, levels[:-1], strict=True)), levels[-1]]
+        size = levels[0].shape[-2:]
+        return self.classifier(self.fuse(torch.cat([levels[0], *(resize(x, size) for x in levels[1:])], 1)))
+
+
+class LightHead(nn.Module):
+    """A head for real time, after EfficientViT-Seg's: the maps summed at the size of the finest, then a few MBConvs.
+
+    Args:
+        in_chans: channels of the maps, the finest first.
+        num_classes: logits of each pixel.
+        channels: of the sum.
+        drop_rate: dropout before the classifier.
+        depth: MBConvs.
+    """
+
+    def __init__(
+        self, in_chans: Sequence[int], num_classes: int, channels: int, drop_rate: float, depth: int = 3
+    ) -> None:
+        super().__init__()
+        self.laterals = nn.ModuleList(ConvNormAct(chans, channels, 1) for chans in in_chans)
+        mbconvs = [MBConv(channels, channels, norm_eps=1e-5, act="hard_swish") for _ in range(depth)]
+        self.blocks = nn.Sequential(*(Residual(mbconv, nn.Identity()) for mbconv in mbconvs))
+        self.expand = ConvNormAct(channels, 4 * channels, 1, act="hard_swish")
+        self.classifier = PixelClassifier(4 * channels, num_classes, drop_rate)
+
+    def forward(self, features: Sequence[Tensor]) -> Tensor:
+        """Maps, the finest first -> (B, num_classes, H, W) at the size of the finest."""
+        finest, *others = (lateral(x) for lateral, x in zip(self.laterals, features, strict=True))
+        for x in others:
+            finest = finest + resize(x, finest.shape[-2:])
+        return self.classifier(self.expand(self.blocks(finest)))
+
+
+class FCNHead(nn.Sequential):
+    """The auxiliary head, a 3×3 convolution and a classifier: (B, in_chans, H, W) -> (B, num_classes, H, W)."""
+
+    def __init__(self, in_chans: int, num_classes: int, drop_rate: float, channels: int = 256) -> None:
+        super().__init__()
+        self.conv = ConvNormAct(in_chans, channels, 3, act="relu")
+        self.classifier = PixelClassifier(channels, num_classes, drop_rate)
+
+
+HEADS: dict[str, tuple[type[UPerHead | LightHead], int]] = {"upernet": (UPerHead, 4), "light": (LightHead, 3)}
+"""Heads by name, and on how many of the last stages each is put (on all of them, if the backbone has fewer)."""
+
+
+class Segmenter(nn.Module):
+    """A backbone with a head for each pixel's class; `build_segmenter` builds one.
+
+    Args:
+        backbone: maps images to a list of feature maps, the finest first.
+        head: maps the last ``num_maps`` of these to logits.
+        num_maps: of the head.
+        aux: maps the last but one of them to logits, while training.
+        num_classes: logits of each pixel.
+        in_chans: image channels.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        head: nn.Module,
+        num_maps: int,
+        aux: nn.Module | None,
+        num_classes: int,
+        in_chans: int,
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.head = head
+        self.num_maps = num_maps
+        self.aux = aux
+        self.num_classes = num_classes
+        self.in_chans = in_chans
+
+    def forward(self, images: Tensor) -> Tensor | dict[str, Tensor]:
+        """Logits of (B, in_chans, H, W) normalised images of any size.
+
+        Returns:
+            In evaluation, (B, num_classes, H, W). While training, ``{"out": …, "aux": …}`` (the latter if there is an
+            auxiliary head) at the sizes of the heads' own maps: 150 classes of 16 images of 512 x 512 px are 2.5 GB at
+            full size, and a loss keeps several such tensors. The loss can `resize` them image by image.
+        """
+        features = self.backbone(images)[-self.num_maps :]
+        logits = self.head(features)
+        if not self.training:
+            return resize(logits, images.shape[-2:])
+        return {"out": logits} if self.aux is None else {"out": logits, "aux": self.aux(features[-2])}
+
+
+def build_segmenter(
+    model: str,
+    *,
+    num_classes: int,
+    head: str = "upernet",
+    aux: bool = True,
+    channels: int | None = None,
+    drop_rate: float = 0.1,
+    model_args: Mapping[str, Any] | None = None,
+) -> Segmenter:
+    """A network for semantic segmentation.
+
+    With ``head="upernet"`` and 150 classes, QT-ViT-1, 2 and 3 have the 32.8, 44.3 and 69.7 M parameters of the paper's
+    Table 6 when the auxiliary head is not counted: the backbone with its positional maps for 224 px, and UPerNet with
+    512 channels on the maps of strides 4 to 32. The auxiliary head adds 0.3 to 0.6 M, while training only.
+
+    Args:
+        model: of the backbone, as for ``timm.create_model``.
+        num_classes: logits of each pixel.
+        head: a name in `HEADS`.
+        aux: whether there is an auxiliary head, on the last but one of the head's maps.
+        channels: of the head; None: 512 for UPerNet, those of the finest of its maps for the light one.
+        drop_rate: dropout before the classifiers.
+        model_args: arguments of the backbone, see `build_backbone`.
+
+    Raises:
+        ValueError: unknown names, arguments that the model does not take, a model with a single map, or sizes below 1.
+    """
+    if head not in HEADS:
+        raise unknown_name("head", head, HEADS)
+    if num_classes < 1 or (channels is not None and channels < 1):
+        raise ValueError(f"num_classes and channels are 1 or more, got {num_classes} and {channels}")
+    backbone: Any = build_backbone(model, model_args)
+    head_class, num_maps = HEADS[head]
+    in_chans = backbone.feature_info.channels()[-num_maps:]
+    if len(in_chans) < 2:
+        raise ValueError(f"model {model} has a single feature map; a head for segmentation takes 2 or more")
+    if channels is None:
+        channels = 512 if head == "upernet" else in_chans[0]
+    return Segmenter(
+        backbone,
+        head_class(in_chans, num_classes, channels, drop_rate),
+        len(in_chans),
+        FCNHead(in_chans[-2], num_classes, drop_rate) if aux else None,
+        num_classes,
+        (model_args or {}).get("in_chans", 3),
+    )
