@@ -1,6 +1,6 @@
 """From pictures to a class for each pixel."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -10,18 +10,21 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from qtvit.checkpoints import ModelInfo
-from qtvit.data import ImageSource
-from qtvit.data.masks import MaskClasses
-from qtvit.data.segmentation_transforms import SegmentationEvalTransform
+from qtvit.data import ImageSource, MaskClasses, SegmentationEvalTransform
+from qtvit.models.segmentation import resize
 
 from .predictor import Predictor
 from .runtimes import Exported, Runtime
-from .windows import label_map
+from .sliding import sliding_window
 
 MAX_WHOLE = 1024 * 1024
-"""Pixels up to which an image is given to the network whole, unless windows are asked for."""
+"""Pixels, as the network sees them, up to which an image is given to it whole unless windows are asked for."""
+
+Network = Callable[[Tensor], Tensor]
+"""(B, 3, h, w) normalised pixels to (B, C, h, w) logits."""
 
 
 @dataclass(frozen=True)
@@ -72,16 +75,75 @@ class SegmentPreprocess:
         height, width = given["size"]
         return cls((height, width), given["img_size"], given["window"], tuple(given["mean"]), tuple(given["std"]))
 
-    def view(self, image: Image.Image, scale: float = 1.0, img_size: int | None = None) -> Tensor:
-        """(3, h, w) normalised pixels of an image; ``img_size`` as in `Views`."""
-        side = (self.img_size if img_size is None else img_size) or min(image.size)
-        side = max(round(side * scale), 1)
-        return SegmentationEvalTransform(side, mean=self.mean, std=self.std).image(image)
+    def transform(self) -> SegmentationEvalTransform:
+        """From pictures to pixels, in the pictures' own size; `segment_pixels` resizes."""
+        return SegmentationEvalTransform(None, mean=self.mean, std=self.std)
 
-    def sliding_window(self, pixels: Tensor, window: bool | None = None) -> tuple[int, int] | None:
-        """The size of the windows in which to see (3, h, w) ``pixels``; None to see them whole."""
-        usual = self.window or pixels.shape[-2] * pixels.shape[-1] > MAX_WHOLE
-        return self.size if (usual if window is None else window) else None
+
+@torch.inference_mode()
+def segment_pixels(
+    network: Network,
+    pixels: Tensor,
+    num_classes: int,
+    preprocess: SegmentPreprocess,
+    views: Views | None = None,
+    *,
+    fixed: bool = False,
+) -> Tensor:
+    """The best class of every pixel, (H, W), of (3, H, W) normalised pixels of an image in its own size.
+
+    The image, or each window, is resized for the network, and the logits back to its own pixels. With several views,
+    probabilities are averaged.
+
+    Args:
+        network: what scores pixels.
+        pixels: of the image.
+        num_classes: that ``network`` tells apart.
+        preprocess: the usual way to look at an image.
+        views: another way.
+        fixed: the network takes images of ``preprocess.size`` alone: the image is seen in windows, padded if it is
+            smaller.
+
+    Raises:
+        ValueError: several scales for a network of a fixed size.
+    """
+    views = views or Views()
+    if fixed and views.scales != (1.0,):
+        raise ValueError("several scales need a network for images of any size: export it with --dynamic batch,hw")
+    height, width = pixels.shape[-2:]
+    img_size = preprocess.img_size if views.img_size is None else views.img_size
+    ratio = img_size / min(height, width) if img_size else 1.0
+    window = preprocess.size if fixed or _in_windows(views, preprocess, height * width * ratio**2) else None
+    tile = (height, width) if window is None else (_scaled(window[0], 1 / ratio), _scaled(window[1], 1 / ratio))
+
+    def run(part: Tensor) -> Tensor:
+        found = []
+        for scale in views.scales:
+            size = window if fixed else tuple(_scaled(side, ratio * scale) for side in part.shape[-2:])
+            seen = part if size == part.shape[-2:] else _resize(part, size)
+            found.append(network(seen))
+            if views.flip:
+                found.append(network(seen.flip(-1)).flip(-1))
+        if len(found) == 1:
+            return found[0]
+        common = found[0].shape[-2:]
+        resized = (logits if logits.shape[-2:] == common else resize(logits, common) for logits in found)
+        return torch.stack([logits.float().softmax(1) for logits in resized]).mean(0).log()
+
+    return sliding_window(run, pixels, num_classes, tile, fixed_size=fixed)[0]
+
+
+def _in_windows(views: Views, preprocess: SegmentPreprocess, num_pixels: float) -> bool:
+    """Whether an image of so many pixels, as the network sees it, is seen in windows."""
+    return views.window if views.window is not None else preprocess.window or num_pixels > MAX_WHOLE
+
+
+def _scaled(side: int, factor: float) -> int:
+    return max(round(side * factor), 1)
+
+
+def _resize(pixels: Tensor, size: Any) -> Tensor:
+    return F.interpolate(pixels, size=size, mode="bilinear", align_corners=False, antialias=True)
 
 
 @dataclass(frozen=True)
@@ -89,7 +151,7 @@ class Segmentation:
     """The classes of the pixels of one image.
 
     Attributes:
-        labels: (H, W) int16, indices of `names`.
+        labels: (H, W) uint8 or int16, indices of `names`.
         mask_classes: what they mean in masks: names, values and colours.
     """
 
@@ -171,14 +233,11 @@ class SegmentPredictor(Predictor[Segmentation]):
     def _label(self, images: list[Image.Image], views: Views) -> list[Segmentation]:
         return [Segmentation(self.label(image, views), self.mask_classes) for image in images]
 
-    @torch.inference_mode()
     def label(self, image: Image.Image, views: Views) -> np.ndarray:
-        """(H, W) int16 labels of an RGB image."""
-        pixels = [self.preprocess.view(image, scale, views.img_size).to(self.device) for scale in views.scales]
+        """(H, W) labels of an RGB image."""
+        pixels = self.preprocess.transform().image(image).to(self.device)
         fixed = isinstance(self.runtime, Exported) and "hw" not in self.runtime.artifact.dynamic
-        window = self.preprocess.size if fixed else self.preprocess.sliding_window(pixels[0], views.window)
-        size = image.height, image.width
-        labels = label_map(self.runtime, pixels, size, window=window, flip=views.flip, fixed=fixed)
+        labels = segment_pixels(self.runtime, pixels, len(self.classes), self.preprocess, views, fixed=fixed)
         return labels.cpu().numpy()
 
 

@@ -45,7 +45,6 @@ from .job import (
     Loaders,
     Speed,
     Summary,
-    absolute,
     bn_plan,
     check_counts,
     loader_options,
@@ -54,6 +53,7 @@ from .job import (
     with_workers,
 )
 from .mixing import mix, soft_targets
+from .options import absolute
 from .plots import plot_curves
 from .report import write_report
 from .task import Task

@@ -211,11 +211,6 @@ def check_counts(config: TrainConfig, num_train: int, num_val: int) -> None:
         raise ValueError(f"{num_val} held-out images are fewer than the {world_size} processes")
 
 
-def absolute(name: str | None) -> str | None:
-    """The whole path, if ``name`` is one, and not a URL or the name of what comes with the package."""
-    return str(Path(name).resolve()) if name is not None and Path(name).exists() else name
-
-
 def with_workers(config: C, in_memory: bool = False) -> C:
     """``config`` with the number of loader processes filled in; the threads that these leave are set."""
     if config.num_workers is None:

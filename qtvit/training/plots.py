@@ -29,17 +29,20 @@ NUM_CONFUSIONS = 25
 """Most frequent confusions that are listed beside a larger matrix."""
 
 
-ACCURACY = {"Accuracy (%)": {"top-1": "val/top1", "top-5": "val/top5"}}
-"""The scores of a classifier, see `plot_curves`."""
+CLASSIFY_CURVES = {
+    "Loss": {"training": "train/loss", "held out": "val/loss"},
+    "Accuracy (%)": {"top-1": "val/top1", "top-5": "val/top5"},
+    "Learning rate": {"": "lr"},
+}
 
 
-def plot_curves(metrics_csv: Path, out: Path, scores: Mapping[str, Mapping[str, str]] = ACCURACY) -> None:
+def plot_curves(metrics_csv: Path, out: Path, panels: Mapping[str, Mapping[str, str]] = CLASSIFY_CURVES) -> None:
     """Loss, scores and learning rate over the epochs, from the log of the run.
 
     Args:
         metrics_csv: the log.
-        out: the picture.
-        scores: title of each panel, with the names of its lines and the columns of the log that these are.
+        out: picture to write.
+        panels: by title; each has metrics by label, of which those are drawn that are in the log.
     """
     with metrics_csv.open(encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
@@ -48,8 +51,7 @@ def plot_curves(metrics_csv: Path, out: Path, scores: Mapping[str, Mapping[str, 
         points = [(float(row["epoch"]), float(row[name])) for row in rows if row.get(name)]
         return [x for x, _ in points], [y for _, y in points]
 
-    panels = {"Loss": {"training": "train/loss", "held out": "val/loss"}, **scores, "Learning rate": {"": "lr"}}
-    figure = Figure(figsize=(4 * len(panels), 3.6), layout="constrained")
+    figure = Figure(figsize=(12, 3.6), layout="constrained")
     for axes, (title, lines) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
         for label, name in lines.items():
             epochs, values = series(name)
@@ -57,9 +59,9 @@ def plot_curves(metrics_csv: Path, out: Path, scores: Mapping[str, Mapping[str, 
                 axes.plot(epochs, values, label=label, marker=".")
         axes.set(title=title, xlabel="epoch")
         axes.grid(alpha=0.3)
-        if len(axes.get_lines()) > 1:
+        if len(lines) > 1:
             axes.legend()
-    _save(figure, out)
+    save(figure, out)
 
 
 def plot_confusion(evaluation: Evaluation, out: Path) -> None:
@@ -78,7 +80,7 @@ def draw_confusion(counts: Tensor, classes: Sequence[str], title: str, out: Path
     names = [shorten(classes[i], NAME_CHARS) for i in used.tolist()]
     with matplotlib.rc_context({"text.parse_math": False}):  # a class name may hold dollars
         figure = (_small_confusion if len(names) <= MAX_CELLS else _large_confusion)(counts, names, title, unit)
-        _save(figure, out)
+        save(figure, out)
 
 
 def _small_confusion(counts: Tensor, names: list[str], title: str, unit: str) -> Figure:
@@ -169,7 +171,7 @@ def plot_calibration(evaluation: Evaluation, out: Path) -> None:
     top.legend(loc="upper left")
     bottom.bar(middles, [100 * row.num_images / len(evaluation.targets) for row, _, _ in full], width, color="grey")
     bottom.set(xlabel="confidence: probability of the predicted class (%)", ylabel="images (%)")
-    _save(figure, out)
+    save(figure, out)
 
 
 def plot_mistakes(evaluation: Evaluation, samples: Sequence[Sample], out: Path, num_images: int = 24) -> None:
@@ -207,7 +209,7 @@ def _save_sheet(
     contact_sheet(tiles, title).save(out)
 
 
-def _save(figure: Figure, out: Path) -> None:
+def save(figure: Figure, out: Path) -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # class names in any script
         figure.savefig(out, dpi=120)

@@ -1,7 +1,7 @@
 """Training a segmenter: configuration in, run folder out."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,19 +10,17 @@ import timm
 import torch
 from timm.data import resolve_data_config
 from torch import Tensor, nn
-from torchmetrics.classification import MulticlassConfusionMatrix
 
 from qtvit import console
 from qtvit.checkpoints import ModelInfo, load_model, own_args
 from qtvit.data import (
     SegmentationData,
     SegmentationDataset,
-    SegmentationEvalTransform,
     SegmentationTrainTransform,
     load_segmentation_data,
 )
-from qtvit.deploy.segment import SegmentPredictor, SegmentPreprocess, mask_args
-from qtvit.deploy.windows import label_map
+from qtvit.data.segmentation import count_pixels
+from qtvit.deploy.segment import SegmentPredictor, SegmentPreprocess, mask_args, segment_pixels
 from qtvit.device import processes
 from qtvit.errors import some
 from qtvit.files import write_text
@@ -30,13 +28,14 @@ from qtvit.models import build_task_model, check_img_size, model_cost
 from qtvit.models.backbone import load_backbone
 
 from .config import DEFAULT_MODEL
-from .job import SUMMARY, Job, Loaders, Speed, Summary, absolute, check_counts, make_loaders, run_job, with_workers
+from .job import SUMMARY, Job, Loaders, Speed, Summary, check_counts, make_loaders, run_job, with_workers
+from .options import absolute
 from .plots import plot_curves
 from .segment_config import SegmentConfig
 from .segment_evaluate import evaluate
-from .segment_loss import balanced_weights, segmentation_loss
 from .segment_report import write_report
-from .segment_scores import SegmentScores
+from .segmentation_loss import SegmentationLoss, balanced_weights
+from .segmentation_metrics import SegmentationConfusion
 from .task import Task
 
 EPOCH_COLUMNS = {
@@ -45,7 +44,11 @@ EPOCH_COLUMNS = {
     "val/aacc": "pixels right {:.2f} %",
     "val/raw_miou": "not averaged {:.2f} %",
 }
-CURVES = {"mIoU (%)": {"": "val/miou"}, "Pixels right (%)": {"mean of the classes": "val/macc", "all": "val/aacc"}}
+CURVES = {
+    "Loss": {"": "train/loss"},
+    "Held-out images (%)": {"mIoU": "val/miou", "mAcc": "val/macc", "aAcc": "val/aacc"},
+    "Learning rate": {"": "lr"},
+}
 
 
 @dataclass(frozen=True)
@@ -106,15 +109,19 @@ class SegmentTask(Task):
     ) -> None:
         super().__init__(model, config)
         self.classes = data.classes
-        self.ignore_index = data.ignore_index
         self.preprocess = preprocess
-        self.class_weights: Tensor | None
-        self.register_buffer("class_weights", class_weights, persistent=False)
+        height, width = preprocess.size
+        self.loss = SegmentationLoss(
+            data.ignore_index,
+            class_weights=class_weights,
+            ohem=config.loss.kind == "ohem",
+            threshold=config.loss.ohem_threshold,
+            min_kept=max(int(config.loss.ohem_min_kept * height * width), 1),
+            dice_weight=config.loss.dice,
+        )
         self.confusions = nn.ModuleDict(
             {
-                f"{prefix}confusion": MulticlassConfusionMatrix(
-                    len(data.classes), ignore_index=data.ignore_index, validate_args=False
-                )
+                f"{prefix}confusion": SegmentationConfusion(len(data.classes), data.ignore_index)
                 for prefix in self.networks
             }
         )
@@ -122,37 +129,33 @@ class SegmentTask(Task):
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         images, labels = batch
         outputs = self.model(images.contiguous(memory_format=torch.channels_last))
-        loss = self._loss(outputs["out"], labels)
+        loss = self.loss(outputs["out"], labels)
         if "aux" in outputs:
-            loss = loss + self.config.loss.aux * self._loss(outputs["aux"], labels)
+            loss = loss + self.config.loss.aux * self.loss(outputs["aux"], labels)
         self.count_loss(loss, len(labels))
         return loss
 
-    def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        return segmentation_loss(logits, labels, self.config.loss, self.ignore_index, self.class_weights)
-
     def validation_step(self, batch: list[tuple[Tensor, Tensor]], batch_idx: int) -> None:
         for pixels, labels in batch:
-            window = self.preprocess.sliding_window(pixels)
             for prefix, network in self.networks.items():
-
-                def score(part: Tensor, network: nn.Module = network) -> Tensor:
-                    return network.forward(part.contiguous(memory_format=torch.channels_last)).float()
-
-                height, width = labels.shape
-                predicted = label_map(score, [pixels], (height, width), window=window)
+                predicted = segment_pixels(_scorer(network), pixels, len(self.classes), self.preprocess)
                 confusion: Any = self.confusions[f"{prefix}confusion"]
-                confusion.update(predicted.long().unsqueeze(0), labels.unsqueeze(0))
+                confusion.update(predicted, labels)
 
     def on_validation_epoch_end(self) -> None:
         for prefix in self.networks:
             confusion: Any = self.confusions[f"{prefix}confusion"]
-            scores = SegmentScores(self.classes, confusion.compute().cpu(), 0)
-            self.log(f"val/{prefix}miou", scores.miou(), prog_bar=True)
+            scores = confusion.scores(self.classes)
+            self.log(f"val/{prefix}miou", scores.mean_iou(), prog_bar=True)
             self.log(f"val/{prefix}macc", scores.mean_accuracy())
-            self.log(f"val/{prefix}aacc", scores.accuracy())
+            self.log(f"val/{prefix}aacc", scores.pixel_accuracy())
             confusion.reset()
         super().on_validation_epoch_end()
+
+
+def _scorer(network: nn.Module) -> Callable[[Tensor], Tensor]:
+    """The network as `segment_pixels` takes it, without what torch.compile made for the size of the training crops."""
+    return lambda pixels: network.forward(pixels.contiguous(memory_format=torch.channels_last))
 
 
 class SegmentJob(Job[SegmentConfig, SegmentSummary]):
@@ -212,9 +215,9 @@ class SegmentJob(Job[SegmentConfig, SegmentSummary]):
         batch = config.batch_size * processes()[1]
         summary = SegmentSummary(
             run=str(run),
-            miou=round(evaluation.scores.miou(), 2),
+            miou=round(evaluation.scores.mean_iou(), 2),
             macc=round(evaluation.scores.mean_accuracy(), 2),
-            aacc=round(evaluation.scores.accuracy(), 2),
+            aacc=round(evaluation.scores.pixel_accuracy(), 2),
             num_params=cost.num_params,
             num_macs=cost.num_macs,
             images_per_second=round(evaluation.images_per_second, 1),
@@ -298,7 +301,7 @@ def class_weights(config: SegmentConfig, data: SegmentationData) -> Tensor | Non
     if weights is None:
         return None
     if weights == "balanced":
-        return balanced_weights(data.train, data.mask_classes)
+        return balanced_weights(count_pixels(data))
     if len(weights) != len(data.classes):
         raise ValueError(f"--loss.class-weights has {len(weights)} numbers, and there are {len(data.classes)} classes")
     return torch.tensor(weights, dtype=torch.float32)
@@ -319,7 +322,7 @@ def _loaders(
         **norm,
     )
     train = SegmentationDataset(data.train, data.mask_classes, transform)
-    val = SegmentationDataset(data.val, data.mask_classes, SegmentationEvalTransform(preprocess.img_size, **norm))
+    val = SegmentationDataset(data.val, data.mask_classes, preprocess.transform())
     return make_loaders(
         config, device, [train], len(data.train), val, len(data.val), val_collate=list, val_batch_size=1
     )

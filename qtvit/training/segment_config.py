@@ -16,10 +16,10 @@ class LossConfig:
     Args:
         kind: ce, cross-entropy of all pixels, or ohem, of those alone that are hard.
         ohem_threshold: a pixel is hard if its class has a lower probability.
-        ohem_min_kept: part of a batch's pixels that count as hard at least.
+        ohem_min_kept: part of a crop's pixels that counts as hard at least.
         dice: weight of the Dice loss that is added; 0 for none.
-        class_weights: balanced to weigh the cross-entropy of each class by the inverse of its number of training pixels
-            (at most tenfold), or a number for each class.
+        class_weights: balanced to weigh the cross-entropy of each class by the inverse of its number of training
+            pixels, or a number for each class.
         aux: weight of the auxiliary head's loss.
     """
 

@@ -7,15 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
-from torchmetrics.functional.classification import multiclass_confusion_matrix
 
 from qtvit.console import progress
 from qtvit.data import MaskClasses, SegmentationDataset, SegmentationEvalTransform, SegmentationSample
 from qtvit.deploy.segment import Segmentation, SegmentPredictor, Views
 from qtvit.files import open_folder
 
-from .segment_scores import SegmentScores
+from .segmentation_metrics import SegmentationConfusion, SegmentationScores
 
 NUM_KEPT = 12
 """Predictions that are kept to be drawn."""
@@ -32,7 +30,7 @@ class Evaluation:
         images_per_second: from pixels to labels.
     """
 
-    scores: SegmentScores
+    scores: SegmentationScores
     kept: list[tuple[SegmentationSample, Segmentation]]
     data_classes: MaskClasses
     images_per_second: float
@@ -60,8 +58,7 @@ def evaluate(
     to_data = _class_order(predictor, data_classes)
     views = views or Views()
     dataset = SegmentationDataset(samples, data_classes, SegmentationEvalTransform())
-    num_classes, ignored = len(data_classes.names), data_classes.ignore_index
-    confusion = torch.zeros(num_classes, num_classes, dtype=torch.int64)
+    confusion = SegmentationConfusion(len(data_classes.names), data_classes.ignore_index)
     chosen = set(np.linspace(0, len(samples) - 1, min(NUM_KEPT, len(samples))).round().astype(int).tolist())
     kept, seconds = [], 0.0
     for index, sample in enumerate(progress(samples, desc="Evaluating", unit="image")):
@@ -69,7 +66,7 @@ def evaluate(
         start = time.perf_counter()
         predicted = to_data[predictor.label(image, views)]
         seconds += time.perf_counter() - start
-        confusion += _confusion(torch.from_numpy(predicted), labels, num_classes, ignored)
+        confusion.update(torch.from_numpy(predicted), labels)
         found = Segmentation(predicted, data_classes)
         if masks_folder is not None:
             path = masks_folder / Path(sample.name).with_suffix(".png")
@@ -77,14 +74,7 @@ def evaluate(
             found.index_image().save(path)
         if index in chosen:
             kept.append((sample, found))
-    scores = SegmentScores(data_classes.names, confusion, len(samples))
-    return Evaluation(scores, kept, data_classes, len(samples) / seconds)
-
-
-def _confusion(predicted: Tensor, labels: Tensor, num_classes: int, ignore_index: int) -> Tensor:
-    return multiclass_confusion_matrix(
-        predicted.long(), labels.long(), num_classes, ignore_index=ignore_index, validate_args=False
-    )
+    return Evaluation(confusion.scores(data_classes.names), kept, data_classes, len(samples) / seconds)
 
 
 def _class_order(predictor: SegmentPredictor, data_classes: MaskClasses) -> np.ndarray:

@@ -15,7 +15,7 @@ from qtvit.files import write_text
 from .plots import draw_confusion
 from .report import MAX_ROWS, NAME_CHARS, NUM_WORST
 from .segment_evaluate import Evaluation
-from .segment_scores import ClassIoU, SegmentScores
+from .segmentation_metrics import RegionScores, SegmentationScores
 
 
 def write_report(evaluation: Evaluation, folder: Path, about: Mapping[str, object] | None = None) -> None:
@@ -29,7 +29,7 @@ def write_report(evaluation: Evaluation, folder: Path, about: Mapping[str, objec
     scores = evaluation.scores
     write_text(folder / "scores.json", json.dumps(all_scores(scores, about), indent=2) + "\n")
     table = io.StringIO()
-    writer = csv.DictWriter(table, [field.name for field in fields(ClassIoU)], lineterminator="\n")
+    writer = csv.DictWriter(table, [field.name for field in fields(RegionScores)], lineterminator="\n")
     writer.writeheader()
     writer.writerows(asdict(row) for row in scores.per_class())
     write_text(folder / "per_class.csv", table.getvalue())
@@ -38,36 +38,38 @@ def write_report(evaluation: Evaluation, folder: Path, about: Mapping[str, objec
     rows.writerow(["true", *scores.classes])
     rows.writerows([name, *row] for name, row in zip(scores.classes, scores.confusion.tolist(), strict=True))
     write_text(folder / "confusion.csv", counts.getvalue())
-    title = f"mIoU {scores.miou():.2f} %, {scores.num_images} images"
+    title = f"mIoU {scores.mean_iou():.2f} %, {scores.num_images} images"
     draw_confusion(scores.confusion, scores.classes, title, folder / "confusion.png", unit="pixels")
     draw_predictions(evaluation, folder / "predictions.png")
 
 
-def all_scores(scores: SegmentScores, about: Mapping[str, object] | None = None) -> dict[str, object]:
+def all_scores(scores: SegmentationScores, about: Mapping[str, object] | None = None) -> dict[str, object]:
     """All numbers of an evaluation, for JSON."""
     return {**(about or {}), **scores.metrics(), "per_class": [asdict(row) for row in scores.per_class()]}
 
 
-def headline(scores: SegmentScores) -> str:
+def headline(scores: SegmentationScores) -> str:
     """The scores in one line."""
     return (
-        f"mIoU {scores.miou():.2f} %   mAcc {scores.mean_accuracy():.2f} %   aAcc {scores.accuracy():.2f} %"
+        f"mIoU {scores.mean_iou():.2f} %   mAcc {scores.mean_accuracy():.2f} %   aAcc {scores.pixel_accuracy():.2f} %"
         f"   of {scores.num_images} image{'s' * (scores.num_images != 1)}"
     )
 
 
-def class_table(scores: SegmentScores) -> list[str]:
+def class_table(scores: SegmentationScores) -> list[str]:
     """Lines of a table of the classes; of many, of those with the lowest IoU."""
     rows = scores.per_class()
     known = [row for row in rows if row.iou is not None]
     shown = rows if len(rows) <= MAX_ROWS else sorted(known, key=lambda row: row.iou or 0)[:NUM_WORST]
     width = min(max(len(name) for name in ["class", *(row.label for row in shown)]), NAME_CHARS)
     total = max(int(scores.confusion.sum()), 1)
-    lines = [f"{'class':<{width}}" + "".join(f"{name:>13}" for name in ("pixels %", "IoU %", "recall %", "precision %"))]
+    head = ("pixels %", "IoU %", "recall %", "precision %")
+    lines = [f"{'class':<{width}}" + "".join(f"{name:>13}" for name in head) + "   most often taken for"]
     for row in shown:
-        cells = [100 * row.num_pixels / total, row.iou, row.recall, row.precision]
+        cells = [100 * row.num_pixels / total, row.iou, row.accuracy, row.precision]
         texts = ["–" if cell is None else f"{cell:.2f}" for cell in cells]
-        lines.append(f"{shorten(row.label, width):<{width}}" + "".join(f"{text:>13}" for text in texts))
+        taken = f"   {shorten(row.taken_for, NAME_CHARS)}" if row.taken_for else ""
+        lines.append(f"{shorten(row.label, width):<{width}}" + "".join(f"{text:>13}" for text in texts) + taken)
     if len(shown) < len(rows):
         lines.append(f"these are the {len(shown)} classes with the lowest IoU; per_class.csv has all {len(rows)}")
     return lines
@@ -84,4 +86,4 @@ def draw_predictions(evaluation: Evaluation, out: Path) -> None:
         true = Segmentation(labels.numpy(), meaning)
         for picture, name in ((image, sample.name), (true.color_image(), "mask"), (found.color_image(), "predicted")):
             tiles.append(Tile(thumbnail(picture), [name]))
-    contact_sheet(tiles, f"{len(samples)} of {evaluation.scores.num_images} images", columns=6).save(out)
+    contact_sheet(tiles, f"{len(samples)} of {evaluation.scores.num_images} images", max_columns=6).save(out)
