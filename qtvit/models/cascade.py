@@ -63,21 +63,21 @@ class CascadeRoIHeads(nn.Module):
         self, features: dict[str, Tensor], proposals: Boxes, image_shapes: list[tuple[int, int]]
     ) -> list[dict[str, Tensor]]:
         """What is found in each image: boxes, labels, scores, and masks if there are mask heads."""
-        stages = self._stages()
+        *earlier, last = stages = self._stages()
         probs = []
-        for i, stage in enumerate(stages):
-            if i > 0:
-                proposals = _moved(stages[i - 1], deltas, proposals, image_shapes)
+        for stage in earlier:
             logits, deltas = _predict(stage, features, proposals, image_shapes)
             probs.append(logits.softmax(-1))
+            proposals = _moved(stage, deltas, proposals, image_shapes)
+        logits, deltas = _predict(last, features, proposals, image_shapes)
+        probs.append(logits.softmax(-1))
         mean_logits = torch.stack(probs).mean(0).log()  # whose softmax is the mean of the scores
-        found = stages[-1].postprocess_detections(mean_logits, deltas, proposals, image_shapes)
+        found = last.postprocess_detections(mean_logits, deltas, proposals, image_shapes)
         results = [
-            {"boxes": boxes, "labels": labels, "scores": scores}
-            for boxes, scores, labels in zip(*found, strict=True)
+            {"boxes": boxes, "labels": labels, "scores": scores} for boxes, scores, labels in zip(*found, strict=True)
         ]
-        if stages[-1].has_mask():
-            pooled = stages[-1].mask_roi_pool(features, found[0], image_shapes)
+        if last.has_mask():
+            pooled = last.mask_roi_pool(features, found[0], image_shapes)
             masks = [maskrcnn_inference(s.mask_predictor(s.mask_head(pooled)), found[2]) for s in stages]
             for result, *of_stages in zip(results, *masks, strict=True):
                 result["masks"] = torch.stack(of_stages).mean(0)
@@ -96,7 +96,8 @@ def _predict(
 
 def _moved(stage: Any, deltas: Tensor, boxes: Boxes, image_shapes: list[tuple[int, int]]) -> Boxes:
     """The boxes where ``stage`` puts them, within their images; no gradient flows from one stage to the next."""
-    moved = stage.box_coder.decode(deltas.detach(), boxes)[:, 0]
+    moved = stage.box_coder.decode(deltas.detach(), boxes)
+    moved = moved.view(len(deltas), deltas.shape[1] // 4, 4)[:, 0]  # decode leaves out a dimension if there are none
     per_image = moved.split([len(of_image) for of_image in boxes])
     return [clip_boxes_to_image(*pair) for pair in zip(per_image, image_shapes, strict=True)]
 

@@ -3,8 +3,8 @@
 The parts are torchvision's, put together as in mmdetection's configurations; the pyramid follows whatever strides the
 network has. "Mask R-CNN", He et al., ICCV 2017; "Feature Pyramid Networks", Lin et al., CVPR 2017.
 
-Tables 4 and 5 of the QT-ViT paper say Mask R-CNN. Their parameters are those of Cascade Mask R-CNN with three mask heads,
-``cascade=True`` here, to the last digit. In millions, with 80 categories and no classifier in the network:
+Tables 4 and 5 of the QT-ViT paper say Mask R-CNN, but their parameters are, to the last digit, those of Cascade Mask
+R-CNN with three mask heads, ``cascade=True`` here. In millions, with 80 categories and no classifier in the network:
 
     ======================  ========  ========  ========  ===============  ===============  ===============
     heads                   QT-ViT-1  QT-ViT-2  QT-ViT-3  EfficientViT-B1  EfficientViT-B2  EfficientViT-B3
@@ -46,7 +46,7 @@ from .foreign import fit_weights, kernel_mismatch
 from .qtvit import QTViT
 
 CASCADE = ((0.5, 10.0), (0.6, 20.0), (0.7, 30.0))
-"""Stages of Cascade R-CNN: IoU from which a region is an object, and weight of its centre's deltas (twice its sides')."""
+"""Stages of Cascade R-CNN: IoU from which a region is an object; weight of its deltas (half for its sides)."""
 BODY = "backbone.body."
 """What stands before the names of the network's weights in a detector's state dict."""
 
