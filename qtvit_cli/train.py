@@ -9,7 +9,7 @@ from .common import Commands, command_name, positive
 if TYPE_CHECKING:
     from qtvit.training.job import Summary
 
-TASKS = {"classify": "image classification"}
+TASKS = {"classify": "image classification", "detect": "object detection, with masks if the data have such"}
 """What can be trained, and what that is."""
 
 

@@ -1,8 +1,9 @@
 """The network and its variants; importing this registers them with timm."""
 
-from .build import ModelCost, build_model, build_task_model, check_img_size, model_cost
+from .build import ModelCost, build_model, check_img_size, model_cost
 from .detection import Detector, build_detector, load_backbone
 from .qtvit import ARCHITECTURES, PUBLISHED_ACCURACY, SHIPPED_WEIGHTS, Architecture, QTViT, Stage
+from .tasks import build_task_model
 
 __all__ = [
     "ARCHITECTURES",
