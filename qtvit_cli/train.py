@@ -9,7 +9,11 @@ from .common import Commands, command_name, positive
 if TYPE_CHECKING:
     from qtvit.training.job import Summary
 
-TASKS = {"classify": "image classification", "segment": "semantic segmentation"}
+TASKS = {
+    "classify": "image classification",
+    "detect": "object detection, with masks if the data have such",
+    "segment": "semantic segmentation",
+}
 """What can be trained, and what that is."""
 
 

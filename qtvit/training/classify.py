@@ -326,7 +326,9 @@ def build_classifier(config: ClassifyConfig, data: LabelledImages) -> tuple[Any,
     model: Any  # timm's models have methods that torch's do not know of
     if config.checkpoint is not None:
         try:
-            model, source = load_model(config.checkpoint, swap_kernel=config.swap_kernel, **config.model_args)
+            model, source = load_model(
+                config.checkpoint, task=config.task, swap_kernel=config.swap_kernel, **config.model_args
+            )
         except ValueError as error:
             if config.swap_kernel or not config.model_args.keys() & set(ATTENTION_ARGS):
                 raise

@@ -210,6 +210,7 @@ def _save_sheet(
 
 
 def save(figure: Figure, out: Path) -> None:
+    """Write a picture."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # class names in any script
         figure.savefig(out, dpi=120)
