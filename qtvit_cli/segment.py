@@ -9,24 +9,38 @@ from typing import TYPE_CHECKING, Any
 from .common import make_parent, run_name, write_json
 
 if TYPE_CHECKING:
+    from qtvit.deploy.annotate import FolderWriter, SheetWriter
     from qtvit.deploy.segment import SegmentPredictor, Views
 
 
-def add_views(parser: argparse.ArgumentParser) -> None:
-    """Options of how a segmenter looks at images."""
+def add_eval_segments(parser: argparse.ArgumentParser) -> None:
+    """Options of ``qtvit eval`` for segmenters."""
+    group = add_views(parser)
+    group.add_argument("--classes", metavar="FILE", help="file of class names and colours, as for training")
+    group.add_argument("--save-masks", type=Path, metavar="FOLDER", help="write the predicted masks as index PNGs")
+
+
+def add_views(parser: argparse.ArgumentParser) -> Any:
+    """Options of how a segmenter looks at images; the group they are in."""
     group = parser.add_argument_group("of models for segmentation")
     group.add_argument(
         "--window",
         action=argparse.BooleanOptionalAction,
-        help="see images in sliding windows of the size of the training crops, or whole (default: large ones in windows)",
+        help="see images in sliding windows of the size of training crops, or whole (default: large ones in windows)",
     )
     group.add_argument("--flip", action="store_true", help="average with the mirrored image")
-    group.add_argument(
-        "--scales", default="1", metavar="LIST", help="average over several sizes, relative to the usual: 0.5,1,1.5"
-    )
+    group.add_argument("--scales", metavar="LIST", help="average over several sizes, relative to the usual: 0.5,1,1.5")
     group.add_argument(
         "--img-size", type=int, metavar="PX", help="shorter side to see images at; 0 for their own (the model's)"
     )
+    return group
+
+
+def check_no_views(args: argparse.Namespace) -> None:
+    """ValueError if an option was given that only segmenters have."""
+    for name in ("window", "flip", "scales", "img_size", "classes", "save_masks"):
+        if getattr(args, name, None) not in (None, False):
+            raise ValueError(f"--{name.replace('_', '-')} is for models for segmentation, and {args.run} is none")
 
 
 def parse_views(args: argparse.Namespace) -> "Views":
@@ -34,7 +48,7 @@ def parse_views(args: argparse.Namespace) -> "Views":
     from qtvit.deploy.segment import Views
 
     try:
-        scales = tuple(float(part) for part in args.scales.split(","))
+        scales = tuple(float(part) for part in (args.scales or "1").split(","))
     except ValueError:
         raise ValueError(f"--scales must be numbers such as 0.5,1,1.5, got {args.scales}") from None
     return Views(args.window, args.flip, scales, args.img_size)
@@ -53,9 +67,7 @@ def evaluate_segmenter(args: argparse.Namespace, predictor: "SegmentPredictor") 
     make_parent(args.json)
     if args.save_masks is not None and args.save_masks.exists() and any(args.save_masks.iterdir()):
         raise ValueError(f"--save-masks {args.save_masks} exists already and is not empty; name another folder")
-    data = load_segmentation_data(
-        args.data, classes=args.classes, ignore_index=predictor.mask_classes.ignore_index
-    )
+    data = load_segmentation_data(args.data, classes=args.classes, ignore_index=predictor.mask_classes.ignore_index)
     folder = create_run_folder(args.output, f"eval-{run_name(args.run)}-{data.name}")
     with clean_up(folder):
         if args.save_masks is not None:
@@ -80,7 +92,12 @@ def evaluate_segmenter(args: argparse.Namespace, predictor: "SegmentPredictor") 
         write_json(args.json, all_scores(evaluation.scores, about))
 
 
-def predict_segments(args: argparse.Namespace, predictor: "SegmentPredictor", files: Mapping[Path, Path]) -> None:
+def predict_segments(
+    args: argparse.Namespace,
+    predictor: "SegmentPredictor",
+    files: Mapping[Path, Path],
+    writer: "FolderWriter | SheetWriter | None",
+) -> None:
     """``qtvit predict`` with a segmenter, for ``files``, each with its path in its folder."""
     from qtvit import console
     from qtvit.data import open_image
@@ -89,7 +106,6 @@ def predict_segments(args: argparse.Namespace, predictor: "SegmentPredictor", fi
     from qtvit.errors import some
 
     views = parse_views(args)
-    writer = picture_writer(args, files)
     width = min(max(len(str(file)) for file in files), 120)
     rows: list[dict[str, Any]] = []
     skipped: list[str] = []

@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .common import RUN, SHEET_SUFFIXES, Commands, make_parent, new_file, pictures, positive, run_name, write_json
+from .segment import add_eval_segments, add_views, check_no_views, evaluate_segmenter, predict_segments
 
 if TYPE_CHECKING:
+    from qtvit.deploy.annotate import FolderWriter, SheetWriter
     from qtvit.explain import View
 
 
@@ -33,6 +35,7 @@ def add_use(commands: Commands) -> None:
     evaluation.add_argument(
         "--on-bad-image", choices=("stop", "skip"), default="stop", help="what to do about unreadable files (stop)"
     )
+    add_eval_segments(evaluation)
     evaluation.set_defaults(command=evaluate)
 
     prediction = commands.add_parser("predict", help="label images with a trained model")
@@ -53,6 +56,7 @@ def add_use(commands: Commands) -> None:
     prediction.add_argument(
         "--on-bad-image", choices=("stop", "skip"), default="stop", help="what to do about unreadable files (stop)"
     )
+    add_views(prediction)
     prediction.set_defaults(command=predict)
 
     explanation = commands.add_parser("explain", help="draw what the attention of a model looks at in an image")
@@ -89,7 +93,7 @@ def evaluate(args: argparse.Namespace) -> None:
     """``qtvit eval``."""
     from qtvit import console
     from qtvit.data import DIGITS, drop_broken
-    from qtvit.deploy import ClassPredictor
+    from qtvit.deploy import ClassPredictor, Predictor, SegmentPredictor
     from qtvit.deploy.held_out import held_out_samples
     from qtvit.errors import some
     from qtvit.training.evaluate import evaluate as run_evaluation
@@ -99,7 +103,12 @@ def evaluate(args: argparse.Namespace) -> None:
     make_parent(args.json)
     num_workers = default_workers(args.data == DIGITS) if args.num_workers is None else args.num_workers
     set_threads(None, num_workers)
-    predictor = ClassPredictor.load(args.run, args.device)
+    predictor: Predictor[Any] = Predictor.load(args.run, args.device)
+    if isinstance(predictor, SegmentPredictor):
+        return evaluate_segmenter(args, predictor)
+    check_no_views(args)
+    if not isinstance(predictor, ClassPredictor):
+        raise ValueError(f"{args.run}: was trained to {predictor.task}")
     samples, which = held_out_samples(args.data, predictor.info)
     folder = create_run_folder(args.output, f"eval-{run_name(args.run)}-{Path(args.data).resolve().name}")
     with clean_up(folder):
@@ -123,22 +132,20 @@ def predict(args: argparse.Namespace) -> None:
     """``qtvit predict``."""
     from qtvit import console
     from qtvit.data import open_image
-    from qtvit.deploy import ClassPredictor
-    from qtvit.deploy.annotate import FolderWriter, SheetWriter, shorten
+    from qtvit.deploy import ClassPredictor, Predictor, SegmentPredictor
+    from qtvit.deploy.annotate import shorten
     from qtvit.errors import some
 
-    predictor = ClassPredictor.load(args.run, args.device, args.threads)
+    predictor: Predictor[Any] = Predictor.load(args.run, args.device, args.threads)
     files = _find_files(args.images)
-    writer: FolderWriter | SheetWriter | None = None
-    if args.save:
-        save = args.save.resolve()
-        if any(save in (file.resolve(), *file.resolve().parents) for file in files):
-            raise ValueError(f"--save {args.save} holds images to predict; name another one")
-        is_sheet = save.suffix.lower() in SHEET_SUFFIXES
-        writer = SheetWriter(args.save) if is_sheet else FolderWriter(args.save)
-        make_parent(args.save if is_sheet else args.save / "image")
+    writer = _picture_writer(args, files)
     make_parent(args.json)
     make_parent(args.csv)
+    if isinstance(predictor, SegmentPredictor):
+        return predict_segments(args, predictor, files, writer)
+    check_no_views(args)
+    if not isinstance(predictor, ClassPredictor):
+        raise ValueError(f"{args.run}: was trained to {predictor.task}")
     width = min(max(len(str(file)) for file in files), 120)
     label_width = min(max(map(len, predictor.classes)), 30)
     skip = args.on_bad_image == "skip"
@@ -157,7 +164,7 @@ def predict(args: argparse.Namespace) -> None:
         console.result(f"{name:<{width}}  {label}   {others}".rstrip())
         rows.append({"image": name, "predictions": [{"label": label, "probability": p} for label, p in pairs]})
         if writer:
-            writer.add(open_image(file), files[file], prediction)
+            writer.add(open_image(file), files[file], [f"{p:.0%} {label}" for label, p in pairs])
     if not rows:
         raise ValueError(f"none of the {len(skipped)} images can be read: {some(skipped)}")
     if skipped:
@@ -169,6 +176,20 @@ def predict(args: argparse.Namespace) -> None:
     if writer:
         writer.close()
         print(f"written: {some(writer.written)}")
+
+
+def _picture_writer(args: argparse.Namespace, files: dict[Path, Path]) -> "FolderWriter | SheetWriter | None":
+    """What writes to ``--save``, if it is given; ValueError if images to predict would be overwritten."""
+    from qtvit.deploy.annotate import FolderWriter, SheetWriter
+
+    if args.save is None:
+        return None
+    save = args.save.resolve()
+    if any(save in (file.resolve(), *file.resolve().parents) for file in files):
+        raise ValueError(f"--save {args.save} holds images to predict; name another one")
+    is_sheet = save.suffix.lower() in SHEET_SUFFIXES
+    make_parent(args.save if is_sheet else args.save / "image")
+    return SheetWriter(args.save) if is_sheet else FolderWriter(args.save)
 
 
 def _find_files(names: Sequence[str]) -> dict[Path, Path]:

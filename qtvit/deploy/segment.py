@@ -243,10 +243,12 @@ class SegmentPredictor(Predictor[Segmentation]):
 
 def mask_classes(info: ModelInfo) -> MaskClasses:
     """What the classes of a model are in masks."""
-    fields = dict(info.task_args["masks"])
+    fields: dict[str, Any] = dict(info.task_args["masks"])
+    for name in ("values", "ignored"):
+        fields[name] = tuple(fields[name])
     for name in ("colors", "ignored_colors"):
         fields[name] = tuple(map(tuple, fields[name]))
-    return MaskClasses(tuple(info.classes), **{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
+    return MaskClasses(tuple(info.classes), **fields)
 
 
 def mask_args(meaning: MaskClasses) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 Shapes: B batch, C channels, H x W image or feature map.
 """
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -68,3 +69,14 @@ def load_backbone(backbone: nn.Module, state_dict: Mapping[str, Tensor]) -> None
     if wrong:
         raise ValueError(f"weights do not fit the backbone: {some(wrong, 3)}")
     network.load_state_dict(weights)
+
+
+def below(prefix: str, groups: Any) -> Any:
+    """A network's ``group_matcher`` for the names that its weights have in a larger one: behind ``prefix``."""
+    if isinstance(groups, str):
+        return re.sub(r"\^", "^" + re.escape(prefix), groups)
+    if isinstance(groups, Mapping):
+        return {name: below(prefix, pattern) for name, pattern in groups.items()}
+    if isinstance(groups, (list, tuple)):
+        return type(groups)(below(prefix, pattern) for pattern in groups)
+    return groups

@@ -19,7 +19,6 @@ Shapes: B batch, C channels, H x W image or feature map.
 """
 
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -40,6 +39,7 @@ from torchvision.ops.poolers import LevelMapper
 
 from qtvit.errors import some
 
+from .backbone import below
 from .build import build_model
 from .cascade import CascadeRoIHeads
 from .foreign import fit_weights, kernel_mismatch
@@ -83,7 +83,7 @@ class Detector(GeneralizedRCNN):
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Layers of the network, as timm counts them; pyramid and heads come last."""
-        return {name: _within_body(pattern) for name, pattern in self.body.group_matcher(coarse=coarse).items()}
+        return below(BODY, self.body.group_matcher(coarse=coarse))
 
 
 class PyramidBackbone(nn.Module):
@@ -327,12 +327,3 @@ def _roi_align(strides: Sequence[int], size: int) -> MultiScaleRoIAlign:
     mapper: Any = LevelMapper(*levels, canonical_scale=224, canonical_level=4)
     pool.scales, pool.map_levels = scales, mapper
     return pool
-
-
-def _within_body(pattern: Any) -> Any:
-    """What a network's ``group_matcher`` gives for a group, for the names of a detector's weights."""
-    if isinstance(pattern, str):
-        return re.sub(r"\^", "^" + re.escape(BODY), pattern)
-    if isinstance(pattern, (list, tuple)):
-        return type(pattern)(map(_within_body, pattern))
-    return pattern

@@ -14,8 +14,10 @@ from qtvit.errors import unknown_name
 from qtvit.layers import ConvNormAct, MBConv, Residual
 from qtvit.ops.attention import full_precision
 
-from .backbone import build_backbone
+from .backbone import below, build_backbone
 
+BODY = "backbone.model."
+"""What stands before the names of the weights of a backbone of ours in a segmenter's state dict."""
 AUX_WEIGHT = 0.4
 """Weight of the auxiliary head's loss next to 1 for the main head's."""
 POOL_BINS = (1, 2, 3, 6)
@@ -178,6 +180,31 @@ class Segmenter(nn.Module):
         self.aux = aux
         self.num_classes = num_classes
         self.in_chans = in_chans
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """Parameters of the backbone that its own recipe does not decay."""
+        return {BODY + name for name in getattr(self._body(), "no_weight_decay", set)()}
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        self._body().set_grad_checkpointing(enable)
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Layers of the backbone, as timm counts them; the heads come last.
+
+        Raises:
+            ValueError: the backbone does not tell; ours do.
+        """
+        body = self._body()
+        if not hasattr(body, "group_matcher"):
+            raise ValueError(f"{type(body).__name__}, the backbone, does not say what its stages are")
+        return below(BODY, body.group_matcher(coarse=coarse))
+
+    def _body(self) -> Any:
+        """The network within the backbone: ours has all of its methods."""
+        return getattr(self.backbone, "model", self.backbone)
 
     def forward(self, images: Tensor) -> Tensor | dict[str, Tensor]:
         """Logits of (B, in_chans, H, W) normalised images of any size.

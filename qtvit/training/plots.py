@@ -133,7 +133,7 @@ def _large_confusion(counts: Tensor, names: list[str], title: str, unit: str) ->
 
 
 def _list_confusions(axes: Axes, wrong: Tensor, num_true: Tensor, names: list[str], unit: str) -> None:
-    """Bars of the pairs of classes that are confused most often, with the number of images or pixels and their share."""
+    """Bars of the pairs of classes that are confused most often, with the number of images and their share."""
     largest = wrong.flatten().topk(NUM_CONFUSIONS)
     pairs = [
         (divmod(i, len(names)), n) for i, n in zip(largest.indices.tolist(), largest.values.tolist(), strict=True) if n

@@ -183,7 +183,7 @@ class SegmentJob(Job[SegmentConfig, SegmentSummary]):
         self.config = config = replace(config, model=self.info.model)
         self.preprocess = preprocess = SegmentPreprocess.of(self.info)
         check_img_size(model, preprocess.size, "--crop-size")
-        model = model.train().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        model = model.train().to(memory_format=torch.channels_last)
         self.task = SegmentTask(model, data, config, preprocess, class_weights(config, data))
         self.loaders = _loaders(config, data, preprocess, device)
         self.data_name = data.name
@@ -263,7 +263,8 @@ def build_network(config: SegmentConfig, data: SegmentationData) -> tuple[nn.Mod
     if source is not None:
         mean, std = source.preprocess["mean"], source.preprocess["std"]
     else:
-        cfg = resolve_data_config(pretrained_cfg=timm.get_pretrained_cfg(name).to_dict())
+        known = timm.get_pretrained_cfg(name)
+        cfg = resolve_data_config(pretrained_cfg=known.to_dict() if known else {})
         mean, std = cfg["mean"], cfg["std"]
     preprocess = SegmentPreprocess(config.crop_shape(), config.base_size, config.window, tuple(mean), tuple(std))
     return model, ModelInfo(
