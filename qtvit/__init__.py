@@ -16,8 +16,9 @@ if TYPE_CHECKING:
     from . import explain
     from .deploy import Predictor
     from .training.classify import RunSummary
+    from .training.segment import SegmentSummary
 
-__all__ = ["__version__", "explain", "load", "models", "train_classifier"]
+__all__ = ["__version__", "explain", "load", "models", "train_classifier", "train_segmenter"]
 
 
 def __getattr__(name: str) -> Any:
@@ -53,3 +54,16 @@ def train_classifier(**options: Any) -> RunSummary | None:
     from .training.options import make_config
 
     return run_training(make_config(ClassifyConfig, **options))
+
+
+def train_segmenter(**options: Any) -> SegmentSummary | None:
+    """``qtvit train segment`` with its options as keyword arguments, as `train_classifier` takes those of its own.
+
+    ``train_segmenter(data="streets", model="qtvit_1", head="light", crop_size="512x1024", loss={"dice": 1.0})``; see
+    `qtvit.training.segment_config.SegmentConfig`. Errors as `train_classifier`.
+    """
+    from .training.options import make_config
+    from .training.segment import run_training
+    from .training.segment_config import SegmentConfig
+
+    return run_training(make_config(SegmentConfig, **options))

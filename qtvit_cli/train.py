@@ -2,6 +2,7 @@
 
 import argparse
 import shlex
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .common import Commands, command_name, positive
@@ -15,12 +16,15 @@ TASKS = {
     "segment": "semantic segmentation",
 }
 """What can be trained, and what that is."""
+QUICKSTARTS = {"classify": "quickstart", "segment": "quickstart/segment"}
+"""Recipes of the quick start."""
 
 
 def add_train(commands: Commands) -> None:
     """Add the commands that train."""
     quick = commands.add_parser("quickstart", help="train the smallest model on built-in digits, in about a minute")
-    quick.add_argument("--output", help="run folder to create (default: runs/qtvit_nano-digits, numbered when taken)")
+    quick.add_argument("--task", choices=list(QUICKSTARTS), default="classify", help="what to train (classify)")
+    quick.add_argument("--output", help="run folder to create (default: runs/qtvit_nano-DATA, numbered when taken)")
     quick.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     quick.set_defaults(command=quickstart)
 
@@ -61,13 +65,31 @@ def quickstart(args: argparse.Namespace) -> None:
     from qtvit.training.options import parse_config
     from qtvit.training.tasks import config_class, run_task
 
-    output = ["--output", args.output] if args.output else []
-    argv = ["--recipe", "quickstart", "--device", args.device, *output]
-    summary = run_task(parse_config(argv, config_class("classify")))
+    argv = ["--recipe", QUICKSTARTS[args.task], "--device", args.device]
+    argv += ["--output", args.output] if args.output else []
+    scenes = Path("runs", f"digit-scenes-{args.task}")
+    if args.task != "classify":
+        from qtvit.data import write_scenes
+
+        argv += ["--data", str(write_scenes(scenes, args.task))]
+    summary = run_task(parse_config(argv, config_class(args.task)))
     _print_summary(summary)
     if summary is None:
         return
     command = command_name()
+    if args.task == "segment":
+        print(
+            f"""
+Next, with your own images and masks (photos/train/images, photos/train/masks, photos/val/images, photos/val/masks):
+
+    {command} data check photos --task segment
+    {command} train segment --model qtvit_1 --data photos --epochs 50
+    {command} eval runs/qtvit_1-photos --data photos
+    {command} predict runs/qtvit_1-photos some_image.jpg --save drawn
+
+and with the model just trained:  {command} predict {summary.run} {scenes}/val/images --save drawn"""
+        )
+        return
     print(
         f"""
 Next, with your own images in folders named by class (photos/cat/1.jpg, photos/dog/2.jpg, …):

@@ -44,6 +44,8 @@ EPOCH_COLUMNS = {
     "val/aacc": "pixels right {:.2f} %",
     "val/raw_miou": "not averaged {:.2f} %",
 }
+CLASSIFIER = ".classifier."
+"""In the names of the layers whose outputs are classes."""
 CURVES = {
     "Loss": {"": "train/loss"},
     "Held-out images (%)": {"mIoU": "val/miou", "mAcc": "val/macc", "aAcc": "val/aacc"},
@@ -281,19 +283,24 @@ def _take_over(
     where: str,
 ) -> None:
     """Fill a network with the weights of a segmenter; what does not fit starts anew, and that is said."""
-    anew = []
-    if any(source.task_args[name] != task_args[name] for name in ("head", "channels")):
-        anew.append("head.")
-        console.say(f"{where} has another head ({source.task_args['head']}): the new one starts with random weights")
-    if list(classes) != source.classes:
-        anew += ["head.classifier.", "aux.classifier."]
+    own = model.state_dict()
+    others = list(classes) != source.classes
+    fitting = {
+        name: value
+        for name, value in given.items()
+        if name in own and own[name].shape == value.shape and not (others and CLASSIFIER in name)
+    }
+    if source.task_args["head"] != task_args["head"]:
+        fitting = {name: value for name, value in fitting.items() if not name.startswith("head.")}
+    if others:
         console.say(
             f"{where} tells {len(source.classes)} other classes apart ({some(source.classes)}): "
             f"its classifier starts anew for {some(classes)}"
         )
-    own = model.state_dict()
-    own.update({key: value for key, value in given.items() if key in own and not key.startswith(tuple(anew))})
-    model.load_state_dict(own)
+    missing = [name for name in own if name not in fitting and not (others and CLASSIFIER in name)]
+    if parts := dict.fromkeys(".".join(name.split(".")[:2]) for name in missing):
+        console.say(f"not in {where}, so they start anew: {some(list(parts))}")
+    model.load_state_dict({**own, **fitting})
 
 
 def class_weights(config: SegmentConfig, data: SegmentationData) -> Tensor | None:

@@ -18,6 +18,7 @@ from qtvit_cli import main
 
 from .compare import same_end
 from .conftest import COLORS, draw
+from .masks import draw_masks
 
 TINY = "train classify --model qtvit_nano --img-size 16 --data {data} --num-threads 1 --num-workers 0"
 AUGMENTED = "--augment.auto-augment rand-m5-mstd1 --augment.random-erasing 0.3"
@@ -30,6 +31,11 @@ WHOLE = (
     f"{TINY} {AUGMENTED} --epochs 3 --batch-size 4 --bn-images 8 --checkpoint-every-steps 2 --augment.mixup 0.4 "
     "--model-args.drop_path_rate 0.2 --model-args.drop_rate 0.1 --optim.drop-path-ramp true --augment.cutmix 0.4 "
     "--augment.train-sizes [12,20] --ema.decay 0.9 --ema.warmup-steps 2 --ema.mesa-ratio 0.5"
+)
+
+SEGMENT = (
+    "train segment --model qtvit_nano --head light --crop-size 16 --data {data} --num-threads 1 --num-workers 0 "
+    "--epochs 1 --freeze-bn true --bn-images 0 --drop-rate 0 --loss.dice 1"
 )
 
 
@@ -78,16 +84,24 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def alone(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def masks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four images with masks to train on, and three held out."""
+    return draw_masks(tmp_path_factory.mktemp("data") / "boxes", num_train=4, num_val=3)
+
+
+@pytest.fixture(scope="module")
+def alone(data: Path, masks: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The runs "same" and "still" of one process."""
     folder = tmp_path_factory.mktemp("alone")
     assert main(f"{SAME} --batch-size 8 --lr 1e-3 --output {folder / 'same'}".format(data=data).split()) == 0
     assert main(f"{STILL} --output {folder / 'still'}".format(data=data).split()) == 0
+    segment = f"{SEGMENT} --batch-size 4 --lr 1e-3 --output {folder / 'segment'}"
+    assert main(segment.format(data=masks).split()) == 0
     return folder
 
 
 @pytest.fixture(scope="module")
-def launches(data: Path, alone: Path, tmp_path_factory: pytest.TempPathFactory) -> Launches:
+def launches(data: Path, masks: Path, alone: Path, tmp_path_factory: pytest.TempPathFactory) -> Launches:
     folder = tmp_path_factory.mktemp("together")
     whole = WHOLE.format(data=data)
     printed = [
@@ -95,6 +109,7 @@ def launches(data: Path, alone: Path, tmp_path_factory: pytest.TempPathFactory) 
             folder,
             (f"{SAME} --batch-size 4 --lr 5e-4 --output same".format(data=data), None),
             (STILL.format(data=data), None),
+            (f"{SEGMENT} --batch-size 2 --lr 5e-4 --output segment".format(data=masks), None),
             (f"{TINY} --batch-size 13".format(data=data), None),
             (f"train classify --resume {alone / 'same'}", None),
             (f"{whole} --output whole", None),
@@ -123,6 +138,18 @@ def test_two_processes_take_the_steps_of_one(launches: Launches, alone: Path) ->
         torch.testing.assert_close(two[name], one[name], rtol=1e-5, atol=1e-6)
     for ours, theirs in zip(*(read_metrics(folder / "same") for folder in (launches.folder, alone)), strict=True):
         assert ours == pytest.approx(theirs, rel=1e-5)
+
+
+def test_two_processes_segment_as_one(launches: Launches, alone: Path) -> None:
+    one, two = (torch.load(folder / "segment" / LAST)["state_dict"] for folder in (alone, launches.folder))
+    for name in one:
+        torch.testing.assert_close(two[name], one[name], rtol=1e-5, atol=1e-6)
+    scores = [json.loads((folder / "segment" / "scores.json").read_text()) for folder in (launches.folder, alone)]
+    assert scores[0] == scores[1]
+    ours, theirs = (read_metrics(folder / "segment")[0] for folder in (launches.folder, alone))
+    assert {name: ours[name] for name in ours if name.startswith("val/")} == pytest.approx(
+        {name: theirs[name] for name in theirs if name.startswith("val/")}
+    )
 
 
 def test_two_processes_estimate_and_evaluate_as_one(launches: Launches, alone: Path) -> None:
