@@ -23,6 +23,9 @@ def add_use(commands: Commands) -> None:
     )
     evaluation.add_argument("--batch-size", type=positive, default=64)
     evaluation.add_argument(
+        "--threads", type=positive, help="CPU threads of the network (default: the cores that loading leaves)"
+    )
+    evaluation.add_argument(
         "--num-workers", type=int, help="processes that load images (default: one per core less one)"
     )
     evaluation.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
@@ -98,7 +101,7 @@ def evaluate(args: argparse.Namespace) -> None:
 
     make_parent(args.json)
     num_workers = default_workers(args.data == DIGITS) if args.num_workers is None else args.num_workers
-    set_threads(None, num_workers)
+    set_threads(args.threads, num_workers)
     predictor = ClassPredictor.load(args.run, args.device)
     samples, which = held_out_samples(args.data, predictor.info)
     folder = create_run_folder(args.output, f"eval-{run_name(args.run)}-{Path(args.data).resolve().name}")
