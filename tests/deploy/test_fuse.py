@@ -55,9 +55,10 @@ def test_maps_are_laid_out_for_the_image(make: Make) -> None:
 @pytest.mark.parametrize("kernel", ["relu", "taylor2_paper", "softmax"])
 @torch.no_grad()
 def test_any_kernel_and_no_shortcut_or_position(make: Make, kernel: str) -> None:
-    model = make("qtvit_nano", kernel=kernel, shortcut=False, ape=False)
-    pixels = torch.randn(1, 3, 33, 47)
-    torch.testing.assert_close(fuse(model, (33, 47))(pixels), model(pixels), rtol=1e-4, atol=1e-4)
+    """In fp64, as softmax over weights of these sizes makes much of rounding."""
+    model = make("qtvit_nano", kernel=kernel, shortcut=False, ape=False).double()
+    pixels = torch.randn(1, 3, 33, 47, dtype=torch.float64)
+    torch.testing.assert_close(fuse(model, (33, 47))(pixels), model(pixels), rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
