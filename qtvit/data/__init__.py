@@ -10,6 +10,7 @@ from .detection_transforms import DetectionTransform
 from .images import ImageSource, find_images, open_image
 from .names import class_names
 from .pack import pack_folder
+from .scenes import write_scenes
 from .shards import PackedImage
 from .transforms import EvalTransform, Preprocess
 
@@ -36,4 +37,5 @@ __all__ = [
     "open_image",
     "pack_folder",
     "read_split",
+    "write_scenes",
 ]

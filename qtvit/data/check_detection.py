@@ -99,7 +99,7 @@ def _summary_lines(split: str, file: CocoFile) -> list[str]:
         f"{split}: {len(per_image):,} images, {len(file.boxes):,} objects in {len(file.categories)} "
         f"categor{'y' if len(file.categories) == 1 else 'ies'}",
         f"  images without objects: {int((per_image == 0).sum()):,}; crowd regions: {crowd:,}; "
-        f"objects with masks: {int(file.segments.present().sum()):,}",
+        f"objects with masks: {int(file.masked.sum()):,}",
     ]
     used = set(file.category_ids.tolist())
     if unused := [name for number, name in file.categories.items() if number not in used]:

@@ -7,6 +7,7 @@ from array import array
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,8 @@ class CocoFile:
         boxes: (M, 4) left, top, right and bottom in pixels.
         areas: (M,) in pixels, of the box if the file does not say it.
         crowd: (M,) whether it is a region with many objects.
-        segments: masks.
+        masked: (M,) whether the file gives a mask.
+        segments: the masks.
         by_image: (M,) positions of the objects, image by image.
         first: (N + 1,) where in ``by_image`` each image begins.
     """
@@ -62,6 +64,7 @@ class CocoFile:
     boxes: np.ndarray
     areas: np.ndarray
     crowd: np.ndarray
+    masked: np.ndarray
     segments: Segments
     by_image: np.ndarray
     first: np.ndarray
@@ -119,16 +122,18 @@ def read_coco(path: Path) -> tuple[CocoFile | None, Problems]:
     problems: Problems = {
         heading: [] for heading in (IN_FILES, IN_CATEGORIES, IN_IMAGES, IN_ANNOTATIONS, OUTSIDE, IN_MASKS)
     }
-    try:
-        content = _read_json(path)
-    except ValueError as error:
-        problems[IN_FILES].append(str(error))
-        return None, problems
-    categories = _read_categories(path, content["categories"], problems[IN_CATEGORIES].append)
-    names, image_ids, sizes = _read_images(path, content["images"], problems[IN_IMAGES].append)
-    reader = _ObjectReader(path, categories, image_ids, sizes, problems)
-    for position, entry in enumerate(content["annotations"]):
-        reader.add(position, entry)
+    with _without_collector():
+        try:
+            content = _read_json(path)
+        except ValueError as error:
+            problems[IN_FILES].append(str(error))
+            return None, problems
+        categories = _read_categories(path, content["categories"], problems[IN_CATEGORIES].append)
+        names, image_ids, sizes = _read_images(path, content["images"], problems[IN_IMAGES].append)
+        reader = _ObjectReader(path, categories, image_ids, sizes, problems)
+        for position, entry in enumerate(content["annotations"]):
+            reader.add(position, entry)
+        del content
     file = reader.file(names)
     if len(file.object_ids) == 0 and not any(problems.values()):
         problems[IN_ANNOTATIONS].append(f"{path}: no annotations")
@@ -143,7 +148,7 @@ def _read_json(path: Path) -> dict[str, list[Any]]:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such annotation file")
     try:
-        with _without_collector(), path.open("rb") as stream:
+        with path.open("rb") as stream:
             content = json.load(stream)
     except OSError as error:
         raise OSError(f"{path}: cannot be read ({error.strerror})") from error
@@ -228,46 +233,61 @@ class _ObjectReader:
         self.size_of = [(height, width) for width, height in sizes.tolist()]
         self.known_ids: set[int] = set()
         self.object_ids, self.image_of, self.category_ids, self.crowd = array("q"), array("q"), array("q"), array("b")
+        self.masked = array("b")
         self.boxes, self.areas = array("d"), array("d")
         self.values, self.ring_ends, self.object_rings = array("d"), array("q", [0]), array("q", [0])
         self.rle, self.object_rle = bytearray(), array("q", [0])
 
     def add(self, position: int, entry: Any) -> None:
         """Take one annotation over, or report what is wrong with it."""
-        fault = _fault(entry, {"id": int, "image_id": int, "category_id": int, "bbox": list})
-        fault = fault or _box_fault(entry["bbox"])
-        if fault:
+        try:
+            number, image_id, category, (left, top, width, height) = _FIELDS(entry)
+            proper = type(number) is type(image_id) is type(category) is int and abs(number) < 2**63
+            proper = proper and math.isfinite(left + top + width + height)
+        except (KeyError, IndexError, TypeError, ValueError, OverflowError):
+            proper = False
+        if not proper:
+            wrong = _fault(entry, {"id": int, "image_id": int, "category_id": int, "bbox": list}) or _box_fault(entry)
             name = _entry_name("annotation", "annotations", position, entry)
-            self.problems[IN_ANNOTATIONS].append(f"{self.path}: {name} {fault}")
+            self._report(f"{name} {wrong}")
             return
-        number, image = entry["id"], self.position_of.get(entry["image_id"])
+        image = self.position_of.get(image_id, -1)
         if number in self.known_ids:
-            fault = "comes twice"
-        elif image is None:
-            fault = f"is of image {entry['image_id']}, which is not in the file"
-        elif entry["category_id"] not in self.categories:
-            fault = f"is of category {entry['category_id']}, which is not in the file"
+            self._report(f"annotation {number} comes twice")
+        elif image < 0:
+            self._report_unknown(number, "image", image_id, IN_IMAGES)
+        elif category not in self.categories:
+            self._report_unknown(number, "category", category, IN_CATEGORIES)
+        else:
+            self._take(entry, image)
         self.known_ids.add(number)
-        if fault or image is None:
-            self.problems[IN_ANNOTATIONS].append(f"{self.path}: annotation {number} {fault}")
-            return
+
+    def _report(self, fault: str) -> None:
+        self.problems[IN_ANNOTATIONS].append(f"{self.path}: {fault}")
+
+    def _report_unknown(self, number: int, what: str, reference: int, heading: str) -> None:
+        """Unless it may be to one of the entries that have been reported as broken."""
+        if not self.problems[heading]:
+            self._report(f"annotation {number} is of {what} {reference}, which is not in the file")
+
+    def _take(self, entry: dict[str, Any], image: int) -> None:
         left, top, width, height = entry["bbox"]
         area = entry.get("area")
-        self.object_ids.append(number)
+        self.object_ids.append(entry["id"])
         self.image_of.append(image)
         self.category_ids.append(entry["category_id"])
         self.crowd.append(bool(entry.get("iscrowd")))
         self.boxes.extend((left, top, left + width, top + height))
         self.areas.append(area if isinstance(area, (int, float)) else width * height)
-        if mask_fault := self._add_mask(entry.get("segmentation"), *self.size_of[image]):
-            self.problems[IN_MASKS].append(f"{self.path}: annotation {number}: {mask_fault}")
+        segmentation = entry.get("segmentation")
+        self.masked.append(bool(segmentation))
+        if segmentation and (mask_fault := self._add_mask(segmentation, *self.size_of[image])):
+            self.problems[IN_MASKS].append(f"{self.path}: annotation {entry['id']}: {mask_fault}")
         self.object_rings.append(len(self.ring_ends) - 1)
         self.object_rle.append(len(self.rle))
 
     def _add_mask(self, mask: Any, height: int, width: int) -> str | None:
         """Take a segmentation over; returns what is wrong with it."""
-        if not mask:
-            return None
         if isinstance(mask, list):
             return next((fault for ring in mask if (fault := self._add_ring(ring))), None)
         if not isinstance(mask, dict) or "counts" not in mask or "size" not in mask:
@@ -288,13 +308,17 @@ class _ObjectReader:
         return None
 
     def _add_ring(self, ring: Any) -> str | None:
-        if not isinstance(ring, list) or not all(type(value) in (int, float) for value in ring):
+        if not isinstance(ring, list):
             return "a polygon is no list of numbers x, y, x, y, …"
         if len(ring) < 6 or len(ring) % 2:
             return f"a polygon of {len(ring)} numbers; expected x and y of three points or more"
-        if not math.isfinite(sum(ring)):
+        try:
+            values = array("d", ring)
+        except (TypeError, OverflowError):
+            return "a polygon is no list of numbers x, y, x, y, …"
+        if not math.isfinite(sum(values)):
             return "a polygon with numbers that are not finite"
-        self.values.extend(ring)
+        self.values.extend(values)
         self.ring_ends.append(len(self.values))
         return None
 
@@ -314,6 +338,7 @@ class _ObjectReader:
             boxes=np.array(self.boxes).reshape(-1, 4),
             areas=np.array(self.areas),
             crowd=np.array(self.crowd, bool),
+            masked=np.array(self.masked, bool),
             segments=Segments(
                 np.array(self.values),
                 np.array(self.ring_ends),
@@ -339,14 +364,12 @@ def _fault(entry: Any, keys: Mapping[str, type]) -> str | None:
     return None
 
 
+_FIELDS = itemgetter("id", "image_id", "category_id", "bbox")
 _KINDS = {int: "a whole number", str: "a text", list: "[left, top, width, height]"}
 
 
-def _box_fault(box: list[Any]) -> str | None:
-    numbers = len(box) == 4 and all(type(value) in (int, float) for value in box)
-    if numbers and math.isfinite(sum(box)):
-        return None
-    return f"has 'bbox': {json.dumps(box)[:60]}; expected four finite numbers [left, top, width, height]"
+def _box_fault(entry: dict[str, Any]) -> str:
+    return f"has 'bbox': {json.dumps(entry['bbox'])[:60]}; expected four finite numbers [left, top, width, height]"
 
 
 def _entry_name(what: str, key: str, position: int, entry: Any) -> str:

@@ -28,10 +28,6 @@ class Segments:
     rle: bytes
     object_rle: np.ndarray
 
-    def present(self) -> np.ndarray:
-        """Which objects have a mask."""
-        return (np.diff(self.object_rings) > 0) | (np.diff(self.object_rle) > 0)
-
     def encoded(self, index: int, height: int, width: int) -> dict[str, Any]:
         """The mask of an object as COCO's compressed RLE; an empty one if it has none."""
         from pycocotools import mask

@@ -288,9 +288,9 @@ def find_splits(
                     else _given_folder(Path(folder))
                 )
                 problems.setdefault(MISSING_IMAGES, []).extend(_missing_images(file, folders[split]))
-    if len(files) == 2:
+    if len(files) == 2 and not problems[IN_CATEGORIES]:
         problems[IN_CATEGORIES] += _category_faults(files["train"], files["val"])
-    has_masks = use_masks and "train" in files and bool(files["train"].segments.present().any())
+    has_masks = use_masks and "train" in files and bool(files["train"].masked.any())
     if has_masks:
         for file in files.values():
             problems[IN_MASKS] += _maskless(file)
@@ -328,7 +328,7 @@ def _category_faults(train: CocoFile, val: CocoFile) -> list[str]:
 
 
 def _maskless(file: CocoFile) -> list[str]:
-    without = np.flatnonzero(~file.segments.present())
+    without = np.flatnonzero(~file.masked)
     return [
         f"{file.object_name(index)}: no segmentation, though others of train have one" for index in without.tolist()
     ]
