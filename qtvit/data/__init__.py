@@ -5,7 +5,7 @@ from .broken import drop_broken, find_broken
 from .check import check_data
 from .check_detection import check_detection_data
 from .classification import DIGITS, ImageDataset, LabelledImages, load_labelled_images, read_split
-from .detection import DetectionData, DetectionDataset, load_detection_data
+from .detection import DetectionData, DetectionDataset, load_detection_data, load_held_out
 from .detection_transforms import DetectionTransform
 from .images import ImageSource, find_images, open_image
 from .names import class_names
@@ -33,6 +33,7 @@ __all__ = [
     "find_broken",
     "find_images",
     "load_detection_data",
+    "load_held_out",
     "load_labelled_images",
     "open_image",
     "pack_folder",
