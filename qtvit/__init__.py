@@ -16,8 +16,9 @@ if TYPE_CHECKING:
     from . import explain
     from .deploy import Predictor
     from .training.classify import RunSummary
+    from .training.detect import DetectSummary
 
-__all__ = ["__version__", "explain", "load", "models", "train_classifier"]
+__all__ = ["__version__", "explain", "load", "models", "train_classifier", "train_detector"]
 
 
 def __getattr__(name: str) -> Any:
@@ -53,3 +54,16 @@ def train_classifier(**options: Any) -> RunSummary | None:
     from .training.options import make_config
 
     return run_training(make_config(ClassifyConfig, **options))
+
+
+def train_detector(**options: Any) -> DetectSummary | None:
+    """``qtvit train detect`` with its options as keyword arguments, as `train_classifier` has them.
+
+    ``train_detector(data="photos", checkpoint="runs/qtvit_1-imagenet", min_size=[480, 640])``; see
+    `qtvit.training.detect_config.DetectConfig` for all of them.
+    """
+    from .training.detect import run_training
+    from .training.detect_config import DetectConfig
+    from .training.options import make_config
+
+    return run_training(make_config(DetectConfig, **options))

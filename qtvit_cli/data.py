@@ -1,15 +1,19 @@
-"""Preparing image folders: ``qtvit data``."""
+"""Preparing data: ``qtvit data``."""
 
 import argparse
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from .common import Commands, make_parent, new_file, positive, write_json
 
+TASKS = ("classify", "detect", "segment")
+DETECT_PATHS = ("train_annotations", "train_images_dir", "val_annotations", "val_images_dir")
+
 
 def add_data(commands: Commands) -> None:
-    """Add ``data pack`` and ``data check``."""
-    data = commands.add_parser("data", help="prepare image folders: pack them into shards, check them")
+    """Add ``data pack``, ``data check`` and ``data scenes``."""
+    data = commands.add_parser("data", help="prepare data: pack images into shards, check data, draw sample scenes")
     what = data.add_subparsers(metavar="WHAT", required=True)
     pack = what.add_parser(
         "pack", help="copy a folder of images into few large tar files, which other commands take as --data too"
@@ -21,15 +25,31 @@ def add_data(commands: Commands) -> None:
     check = what.add_parser(
         "check",
         help="read every image, and list what is broken, doubled, mislabelled or too small",
-        description="Reads every image of a folder or packed folder. Reports images that cannot be read or are tiny, "
-        "the same image in several classes, in train and val, or several times, and class folders that are empty or "
-        "missing. The exit code is 1 if there are such problems, 0 if there are none, 2 if nothing could be checked.",
+        description="Reads every image of a data set, and reports all that is wrong at once. For classification, of a "
+        "folder or packed folder: images that cannot be read or are tiny, the same image in several classes, in train "
+        "and val, or several times, and class folders that are empty or missing. For detection, in COCO's layout: "
+        "annotation files with errors, boxes outside their image, images that are missing or of another size. For "
+        "segmentation: masks that do not fit their images or classes. The exit code is 1 if there are such problems, "
+        "0 if there are none, 2 if nothing could be checked.",
     )
-    check.add_argument("folder", help="folder of images, as for training, or what `qtvit data pack` made of it")
+    check.add_argument("folder", help="folder of data, as for training; for classify also what `qtvit data pack` made")
+    check.add_argument("--task", choices=TASKS, default=TASKS[0], help="what the data are for (default: classify)")
     check.add_argument("--num-workers", type=positive, default=8, help="threads that read images (default: 8)")
-    check.add_argument("--min-side", type=positive, default=32, metavar="PX", help="report smaller images (32)")
+    check.add_argument("--min-side", type=positive, metavar="PX", help="classify: report smaller images (default: 32)")
+    for split in ("train", "val"):
+        check.add_argument(f"--{split}-annotations", metavar="FILE", help=f"detect: annotation file of {split}")
+        check.add_argument(f"--{split}-images-dir", metavar="DIR", help="detect: folder that its file names are in")
     check.add_argument("--json", type=new_file, metavar="FILE", help="also write the whole report to FILE")
     check.set_defaults(command=check_data)
+    scenes = what.add_parser(
+        "scenes", help="draw sample data for detection or segmentation: handwritten digits among clutter"
+    )
+    scenes.add_argument("folder", type=Path, help="folder to create; one with the same scenes is left as it is")
+    scenes.add_argument("--task", choices=TASKS[1:], default="detect", help="boxes and masks, or masks (detect)")
+    scenes.add_argument("--num-train", type=positive, default=1000, metavar="N", help="scenes to train on (1000)")
+    scenes.add_argument("--num-val", type=positive, default=200, metavar="N", help="held-out scenes (200)")
+    scenes.add_argument("--seed", type=int, default=0, help="of the scenes (default: 0)")
+    scenes.set_defaults(command=draw_scenes)
 
 
 def pack_data(args: argparse.Namespace) -> None:
@@ -49,12 +69,39 @@ def pack_data(args: argparse.Namespace) -> None:
 def check_data(args: argparse.Namespace) -> int:
     """``qtvit data check``; 1 if there are problems."""
     from qtvit import console
-    from qtvit.data import check_data as run_check
 
     make_parent(args.json)
-    report = run_check(args.folder, num_threads=args.num_workers, min_side=args.min_side)
+    report = _run_check(args)
     for line in report.lines():
         console.result(line)
     if args.json:
         write_json(args.json, {"data": args.folder, "num_problems": report.num_problems, **asdict(report)})
     return int(report.num_problems > 0)
+
+
+def _run_check(args: argparse.Namespace) -> Any:
+    """The report of the task's check; ValueError for an option that is another's."""
+    paths = {name: getattr(args, name) for name in DETECT_PATHS}
+    for task, options in (("classify", {"min_side": args.min_side}), ("detect", paths)):
+        if task != args.task and (given := [name for name, value in options.items() if value is not None]):
+            raise ValueError(f"--{given[0].replace('_', '-')} is for --task {task}, not {args.task}")
+    if args.task == "detect":
+        from qtvit.data import check_detection_data
+
+        return check_detection_data(args.folder, num_threads=args.num_workers, **paths)
+    if args.task == "segment":
+        from qtvit.data.check_segmentation import check_segmentation_data
+
+        return check_segmentation_data(args.folder, num_threads=args.num_workers)
+    from qtvit.data import check_data as check_classes
+
+    min_side = 32 if args.min_side is None else args.min_side
+    return check_classes(args.folder, num_threads=args.num_workers, min_side=min_side)
+
+
+def draw_scenes(args: argparse.Namespace) -> None:
+    """``qtvit data scenes``."""
+    from qtvit.data import write_scenes
+
+    write_scenes(args.folder, args.task, args.num_train, args.num_val, args.seed)
+    print(f"{args.num_train:,} train and {args.num_val:,} val scenes for --task {args.task}: {args.folder}")

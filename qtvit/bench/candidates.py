@@ -84,7 +84,7 @@ class Candidate:
         is_shipped = (SHIPPED_WEIGHTS / f"{self.source}.safetensors").is_file()
         if not (is_shipped or self.source.startswith(HUB) or Path(self.source).exists()):
             return build_model(self.source)  # which says what it is called instead
-        return load_model(self.source, **model_args)[0]
+        return load_model(self.source, task="classify", **model_args)[0]
 
     def measured(self, img_size: tuple[int, int]) -> nn.Module:
         """The network in the form that is measured, at ``img_size`` (H, W)."""

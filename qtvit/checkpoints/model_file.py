@@ -95,7 +95,9 @@ def save_model(path: Path, state_dict: dict[str, Tensor], info: ModelInfo) -> No
             raise OSError(f"{path}: cannot be written ({error})") from error
 
 
-def load_model(path: str | Path, *, swap_kernel: bool = False, **model_args: Any) -> tuple[nn.Module, ModelInfo]:
+def load_model(
+    path: str | Path, *, task: str | None = None, swap_kernel: bool = False, **model_args: Any
+) -> tuple[nn.Module, ModelInfo]:
     """The model in ``path``, in evaluation mode on the CPU: a run folder, a model file, weights alone (of a model of
     ours, the authors' release, EfficientViT), the name of a model that comes with the package (nano-cifar10), or of
     one on the Hugging Face Hub ("hf-hub:USER/MODEL").
@@ -105,18 +107,21 @@ def load_model(path: str | Path, *, swap_kernel: bool = False, **model_args: Any
 
     Args:
         path: where the model is.
+        task: that the model has to be for; None for any.
         swap_kernel: build a model with the default attention, or that of ``model_args``, whichever the weights were
             trained with: all that both have is taken over, see `qtvit.models.foreign.take_over`.
         model_args: arguments of the model.
 
     Raises:
         FileNotFoundError: there is no such file, or no model file in the run folder.
-        ValueError: it holds no model of ours, was trained with another kernel, or its weights or classes do not fit
-            its model.
+        ValueError: it holds no model of ours, was trained for another task or with another kernel, or its weights or
+            classes do not fit its model.
     """
     path = find_model_file(path)
     kernel = model_args.get("kernel")
     state_dict, info = read_model_file(path, kernel, swap_kernel)
+    if task is not None:
+        check_task(path, info, task)
     known_args, is_ours = info.model_args, info.model.split(".")[0] in ARCHITECTURES
     trained = known_args.get("kernel", DEFAULT_KERNEL)
     if swap_kernel:
@@ -138,6 +143,12 @@ def load_model(path: str | Path, *, swap_kernel: bool = False, **model_args: Any
     if len(info.classes) != model.num_classes:
         raise ValueError(f"{path}: names {len(info.classes)} classes, but its {info.model} has {model.num_classes}")
     return model.eval(), info
+
+
+def check_task(path: str | Path, info: ModelInfo, task: str) -> None:
+    """ValueError unless the model in ``path`` was trained for ``task``."""
+    if info.task != task:
+        raise ValueError(f"{path}: its {info.model} was trained to {info.task}, and a model to {task} is needed")
 
 
 def load_strictly(model: nn.Module, state_dict: dict[str, Tensor]) -> tuple[list[str], list[str]]:

@@ -60,7 +60,7 @@ def push_model(
         validate_repo_id(repo_id)
     if repo_id.count("/") != 1:
         raise ValueError(f"{repo_id}: not the name of a model on the Hub, which is USER/MODEL")
-    model, info = load_model(run)
+    model, info = load_model(run, task="classify")
     source = _folder(run)
     written = source / CARD if source is not None and (source / CARD).is_file() else None
     if written:

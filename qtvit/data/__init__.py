@@ -3,15 +3,22 @@
 from .augment import TrainTransform
 from .broken import drop_broken, find_broken
 from .check import check_data
+from .check_detection import check_detection_data
 from .classification import DIGITS, ImageDataset, LabelledImages, load_labelled_images, read_split
+from .detection import DetectionData, DetectionDataset, load_detection_data, load_held_out
+from .detection_transforms import DetectionTransform
 from .images import ImageSource, find_images, open_image
 from .names import class_names
 from .pack import pack_folder
+from .scenes import write_scenes
 from .shards import PackedImage
 from .transforms import EvalTransform, Preprocess
 
 __all__ = [
     "DIGITS",
+    "DetectionData",
+    "DetectionDataset",
+    "DetectionTransform",
     "EvalTransform",
     "ImageDataset",
     "ImageSource",
@@ -20,12 +27,16 @@ __all__ = [
     "Preprocess",
     "TrainTransform",
     "check_data",
+    "check_detection_data",
     "class_names",
     "drop_broken",
     "find_broken",
     "find_images",
+    "load_detection_data",
+    "load_held_out",
     "load_labelled_images",
     "open_image",
     "pack_folder",
     "read_split",
+    "write_scenes",
 ]

@@ -8,8 +8,6 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from .predictor import Prediction
-
 QUALITY = 92
 """Of JPEG files."""
 PER_SHEET = 60
@@ -46,23 +44,25 @@ def thumbnail(image: Image.Image, side: int = TILE) -> Image.Image:
     )
 
 
-def contact_sheet(tiles: Sequence[Tile], title: str = "") -> Image.Image:
-    """One picture of all ``tiles``, in rows from left to right, below the ``title``."""
-    columns = min(len(tiles), 10 if len(tiles) > 24 else 8)
+def contact_sheet(
+    tiles: Sequence[Tile], title: str = "", side: int = TILE, max_columns: int | None = None
+) -> Image.Image:
+    """One picture of all ``tiles``, in rows from left to right, below the ``title``; ``side`` is that of a picture."""
+    columns = min(len(tiles), max_columns or (10 if len(tiles) > 24 else 8))
     line_height = round(SMALL * 1.35)
     num_lines = max(len(tile.lines) for tile in tiles)
     top = 2 * GAP + round(LARGE * 1.3) if title else GAP
-    cell = TILE + GAP, TILE + 4 + num_lines * line_height + GAP
-    width = max(columns * cell[0] + GAP, round(_font(LARGE).getlength(title)) + 2 * GAP)
+    cell = side + GAP, side + 4 + num_lines * line_height + GAP
+    width = max(columns * cell[0] + GAP, round(font(LARGE).getlength(title)) + 2 * GAP)
     sheet = Image.new("RGB", (width, top + -(-len(tiles) // columns) * cell[1]), "white")
     draw = ImageDraw.Draw(sheet)
-    draw.text((GAP, GAP), title, "black", _font(LARGE))
+    draw.text((GAP, GAP), title, "black", font(LARGE))
     for index, tile in enumerate(tiles):
         left, above = GAP + index % columns * cell[0], top + index // columns * cell[1]
-        sheet.paste(tile.image, (left + (TILE - tile.image.width) // 2, above + (TILE - tile.image.height) // 2))
+        sheet.paste(tile.image, (left + (side - tile.image.width) // 2, above + (side - tile.image.height) // 2))
         for row, line in enumerate(tile.lines):
-            position = left, above + TILE + 4 + row * line_height
-            draw.text(position, _fit(line, TILE, SMALL), tile.color, _font(SMALL))
+            position = left, above + side + 4 + row * line_height
+            draw.text(position, _fit(line, side, SMALL), tile.color, font(SMALL))
     return sheet
 
 
@@ -73,26 +73,30 @@ def add_caption(image: Image.Image, text: str) -> Image.Image:
     captioned = Image.new("RGB", (width, image.height + 2 * size), "black")
     captioned.paste(image, ((width - image.width) // 2, 0))
     position = size // 2, image.height + size
-    ImageDraw.Draw(captioned).text(position, _fit(text, width - size, size), "white", _font(size), anchor="lm")
+    ImageDraw.Draw(captioned).text(position, _fit(text, width - size, size), "white", font(size), anchor="lm")
     return captioned
 
 
 class SheetWriter:
     """Writes pictures with their predictions to ``path``, `PER_SHEET` to a sheet: sheet.png, sheet-2.png, …
 
+    Args:
+        path: of the first sheet.
+        side: of a picture in pixels.
+
     Attributes:
         written: the sheets so far; the last one is written by `close`.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, side: int = TILE) -> None:
         self.path = path
+        self.side = side
         self.tiles: list[Tile] = []
         self.written: list[Path] = []
 
-    def add(self, image: Image.Image, name: Path, prediction: Prediction) -> None:
-        """Add a picture; of its ``name``, the last part is shown."""
-        label = f"{prediction.probability:.0%} {prediction.label}"
-        self.tiles.append(Tile(thumbnail(image), (label, name.name)))
+    def add(self, image: Image.Image, name: Path, captions: Sequence[str]) -> None:
+        """Add a picture with the first of its ``captions`` and the last part of its ``name``."""
+        self.tiles.append(Tile(thumbnail(image, self.side), (*captions[:1], name.name)))
         if len(self.tiles) == PER_SHEET:
             self.close()
 
@@ -100,14 +104,14 @@ class SheetWriter:
         if self.tiles:
             number = len(self.written) + 1
             out = self.path if number == 1 else self.path.with_stem(f"{self.path.stem}-{number}")
-            contact_sheet(self.tiles).save(out, quality=QUALITY)
+            contact_sheet(self.tiles, side=self.side).save(out, quality=QUALITY)
             self.written.append(out)
             self.tiles = []
 
 
 class FolderWriter:
-    """Writes pictures in their own size, with their predictions in a bar below, into a folder: JPEG stays JPEG, all
-    else becomes PNG.
+    """Writes pictures in their own size, with captions in a bar below, into a folder: JPEG stays JPEG, all else becomes
+    PNG.
 
     Attributes:
         written: the files so far.
@@ -118,7 +122,7 @@ class FolderWriter:
         self.written: list[Path] = []
         self._taken: set[Path] = set()
 
-    def add(self, image: Image.Image, name: Path, prediction: Prediction) -> None:
+    def add(self, image: Image.Image, name: Path, captions: Sequence[str]) -> None:
         """Write a picture to ``folder / name``, numbered when another one has gone there."""
         plain = self.folder / name.with_suffix(name.suffix if name.suffix.lower() in (".jpg", ".jpeg") else ".png")
         out, number = plain, 1
@@ -126,9 +130,8 @@ class FolderWriter:
             number += 1
             out = plain.with_stem(f"{plain.stem}-{number}")
         out.parent.mkdir(parents=True, exist_ok=True)
-        pairs = zip(prediction.labels, prediction.probabilities, strict=True)
-        caption = "   ".join(f"{p:.0%} {label}" for label, p in pairs)
-        add_caption(image, caption).save(out, quality=QUALITY)
+        captioned = add_caption(image, "   ".join(captions)) if captions else image
+        captioned.save(out, quality=QUALITY)
         self._taken.add(out)
         self.written.append(out)
 
@@ -143,15 +146,15 @@ def shorten(text: str, num_chars: int) -> str:
 
 def _fit(text: str, width: int, size: int) -> str:
     """``text`` on one line, cut so that it is at most ``width`` pixels wide."""
-    text, font = text.replace("\n", " "), _font(size)
+    text, letters = text.replace("\n", " "), font(size)
     num_chars = len(text)
-    while num_chars > 1 and font.getlength(shorten(text, num_chars)) > width:
+    while num_chars > 1 and letters.getlength(shorten(text, num_chars)) > width:
         num_chars -= 1
     return shorten(text, num_chars)
 
 
 @functools.lru_cache
-def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+def font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     """A font of this size with more than ASCII, if there is one."""
     names = list(FONTS)
     if (matplotlib := importlib.util.find_spec("matplotlib")) and matplotlib.origin:  # it brings a font with it

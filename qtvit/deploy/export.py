@@ -99,7 +99,7 @@ def export_model(
     for package in REQUIRED[format] + (("nncf",) if (format, precision) == ("openvino", "int8") else ()):
         if importlib.util.find_spec(package) is None:
             raise ModuleNotFoundError(f"{package} is not installed; pip install 'qtvit[deploy]'", name=package)
-    network, info = _random_model(str(source)) if is_random else load_model(source)
+    network, info = _random_model(str(source)) if is_random else load_model(source, task="classify")
     size = img_size or tuple(info.preprocess["size"])
     check_img_size(network, size, "--img-size")
     info = dataclasses.replace(info, preprocess={**info.preprocess, "size": list(size)})

@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from qtvit.checkpoints import ModelInfo, load_model
+from qtvit.checkpoints.model_file import check_task
 from qtvit.data import ImageSource, Preprocess, class_names, open_image
 from qtvit.device import resolve_device
 
@@ -106,9 +107,7 @@ class Predictor(ABC, Generic[P]):
             model, info = load_model(path)
         fitting = [found for found in (cls, *cls.__subclasses__()) if getattr(found, "task", None) == info.task]
         if not fitting:
-            raise ValueError(
-                f"{path}: its {info.model} was trained to {info.task}, and a model to {cls.task} is needed"
-            )
+            check_task(path, info, cls.task)
         return fitting[0](model, info, device, threads)
 
     @property

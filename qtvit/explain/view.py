@@ -242,7 +242,7 @@ def _resolve(model: Model, device: str) -> tuple[QTViT, Preprocess, list[str]]:
         size = getattr(network, "img_size", cfg["input_size"][1:])
         preprocess, classes = Preprocess(size, mean=cfg["mean"], std=cfg["std"]), []
     elif isinstance(model, (str, Path)):
-        network, info = load_model(model)
+        network, info = load_model(model, task="classify")
         network.to(resolve_device(device))
         name, preprocess, classes = f"{model}: ", Preprocess(**info.preprocess), class_names(info.classes)
     else:

@@ -1,18 +1,23 @@
 """The network and its variants; importing this registers them with timm."""
 
-from .build import ModelCost, build_model, build_task_model, check_img_size, model_cost
+from .build import ModelCost, build_model, check_img_size, model_cost
+from .detection import Detector, build_detector, load_backbone
 from .qtvit import ARCHITECTURES, PUBLISHED_ACCURACY, SHIPPED_WEIGHTS, Architecture, QTViT, Stage
+from .tasks import build_task_model
 
 __all__ = [
     "ARCHITECTURES",
     "PUBLISHED_ACCURACY",
     "SHIPPED_WEIGHTS",
     "Architecture",
+    "Detector",
     "ModelCost",
     "QTViT",
     "Stage",
+    "build_detector",
     "build_model",
     "build_task_model",
     "check_img_size",
+    "load_backbone",
     "model_cost",
 ]

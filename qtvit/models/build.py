@@ -30,17 +30,6 @@ def build_model(name: str, **model_args: Any) -> nn.Module:
         raise ValueError(f"model {name} cannot be built with {model_args}: {reason}") from error
 
 
-def build_task_model(task: str, name: str, model_args: dict[str, Any], task_args: dict[str, Any]) -> nn.Module:
-    """The network of a task: `build_model`'s, or one with the heads that ``task_args`` describe.
-
-    Raises:
-        ValueError: there is no such task, or as `build_model`.
-    """
-    if task == "classify":
-        return build_model(name, **model_args)
-    raise unknown_name("task", task, ("classify",))
-
-
 @torch.no_grad()
 def check_img_size(model: nn.Module, img_size: tuple[int, int], option: str = "--img-size") -> None:
     """ValueError that names ``option`` unless ``model`` takes images of ``img_size`` (H, W).

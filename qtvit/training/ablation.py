@@ -28,11 +28,11 @@ from qtvit.files import open_folder, write_text
 
 from .ablation_report import write_results
 from .ablation_tables import Table, get_table
-from .classify import absolute, build_classifier, read_data, run_training
+from .classify import build_classifier, read_data, run_training
 from .classify_config import ClassifyConfig
 from .config import DEFAULT_MODEL
 from .job import SUMMARY
-from .options import parse_config
+from .options import absolute, parse_config
 from .run import check_device
 from .table3 import table3_kernels
 

@@ -53,6 +53,7 @@ from .job import (
     with_workers,
 )
 from .mixing import mix, soft_targets
+from .options import absolute
 from .plots import plot_curves
 from .report import write_report
 from .task import Task
@@ -325,7 +326,9 @@ def build_classifier(config: ClassifyConfig, data: LabelledImages) -> tuple[Any,
     model: Any  # timm's models have methods that torch's do not know of
     if config.checkpoint is not None:
         try:
-            model, source = load_model(config.checkpoint, swap_kernel=config.swap_kernel, **config.model_args)
+            model, source = load_model(
+                config.checkpoint, task=config.task, swap_kernel=config.swap_kernel, **config.model_args
+            )
         except ValueError as error:
             if config.swap_kernel or not config.model_args.keys() & set(ATTENTION_ARGS):
                 raise
@@ -358,11 +361,6 @@ def build_classifier(config: ClassifyConfig, data: LabelledImages) -> tuple[Any,
 def _takes_img_size(model: str) -> bool:
     cfg = timm.get_pretrained_cfg(model)
     return model in ARCHITECTURES or bool(cfg and cfg.fixed_input_size)
-
-
-def absolute(name: str | None) -> str | None:
-    """The whole path, if ``name`` is one, and not a URL or the name of what comes with the package."""
-    return str(Path(name).resolve()) if name is not None and Path(name).exists() else name
 
 
 def _loaders(config: ClassifyConfig, data: LabelledImages, preprocess: Preprocess, device: torch.device) -> Loaders:

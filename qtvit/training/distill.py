@@ -127,7 +127,7 @@ def load_distillation(
     path = wanted.teacher or config.checkpoint
     assert path is not None
     try:
-        teacher, theirs = load_model(path)
+        teacher, theirs = load_model(path, task="classify")
     except FileNotFoundError as error:
         if before is None:
             raise

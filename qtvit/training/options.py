@@ -88,6 +88,11 @@ def make_config(kind: type[C], **options: Any) -> C:
     return parse_config(argv, kind)
 
 
+def absolute(name: str | None) -> str | None:
+    """The whole path, if ``name`` is one, and not a URL or the name of what comes with the package."""
+    return str(Path(name).resolve()) if name is not None and Path(name).exists() else name
+
+
 def _plain(value: Any) -> Any:
     """A number of numpy or torch as Python's; anything else as text."""
     return value.item() if hasattr(value, "item") else str(value)

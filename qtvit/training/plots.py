@@ -2,7 +2,7 @@
 
 import csv
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -29,8 +29,21 @@ NUM_CONFUSIONS = 25
 """Most frequent confusions that are listed beside a larger matrix."""
 
 
-def plot_curves(metrics_csv: Path, out: Path) -> None:
-    """Loss, accuracy and learning rate over the epochs, from the log of the run."""
+CLASSIFY_CURVES = {
+    "Loss": {"training": "train/loss", "held out": "val/loss"},
+    "Accuracy (%)": {"top-1": "val/top1", "top-5": "val/top5"},
+    "Learning rate": {"": "lr"},
+}
+
+
+def plot_curves(metrics_csv: Path, out: Path, panels: Mapping[str, Mapping[str, str]] = CLASSIFY_CURVES) -> None:
+    """Loss, scores and learning rate over the epochs, from the log of the run.
+
+    Args:
+        metrics_csv: the log.
+        out: picture to write.
+        panels: by title; each has metrics by label, of which those are drawn that are in the log.
+    """
     with metrics_csv.open(encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
 
@@ -39,21 +52,16 @@ def plot_curves(metrics_csv: Path, out: Path) -> None:
         return [x for x, _ in points], [y for _, y in points]
 
     figure = Figure(figsize=(12, 3.6), layout="constrained")
-    panels = {
-        "Loss": {"training": "train/loss", "held out": "val/loss"},
-        "Accuracy (%)": {"top-1": "val/top1", "top-5": "val/top5"},
-        "Learning rate": {"": "lr"},
-    }
     for axes, (title, lines) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
         for label, name in lines.items():
             epochs, values = series(name)
-            if label != "top-5" or min(values) < 100:
+            if values and (label != "top-5" or min(values) < 100):
                 axes.plot(epochs, values, label=label, marker=".")
         axes.set(title=title, xlabel="epoch")
         axes.grid(alpha=0.3)
         if len(lines) > 1:
             axes.legend()
-    _save(figure, out)
+    save(figure, out)
 
 
 def plot_confusion(evaluation: Evaluation, out: Path) -> None:
@@ -68,7 +76,7 @@ def plot_confusion(evaluation: Evaluation, out: Path) -> None:
     title = f"top-1 {evaluation.accuracy():.2f} % of {len(evaluation.targets)} images"
     with matplotlib.rc_context({"text.parse_math": False}):  # a class name may hold dollars
         figure = (_small_confusion if len(names) <= MAX_CELLS else _large_confusion)(counts, names, title)
-        _save(figure, out)
+        save(figure, out)
 
 
 def _small_confusion(counts: Tensor, names: list[str], title: str) -> Figure:
@@ -157,7 +165,7 @@ def plot_calibration(evaluation: Evaluation, out: Path) -> None:
     top.legend(loc="upper left")
     bottom.bar(middles, [100 * row.num_images / len(evaluation.targets) for row, _, _ in full], width, color="grey")
     bottom.set(xlabel="confidence: probability of the predicted class (%)", ylabel="images (%)")
-    _save(figure, out)
+    save(figure, out)
 
 
 def plot_mistakes(evaluation: Evaluation, samples: Sequence[Sample], out: Path, num_images: int = 24) -> None:
@@ -195,7 +203,8 @@ def _save_sheet(
     contact_sheet(tiles, title).save(out)
 
 
-def _save(figure: Figure, out: Path) -> None:
+def save(figure: Figure, out: Path) -> None:
+    """Write a picture."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # class names in any script
         figure.savefig(out, dpi=120)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import importlib
+from typing import TYPE_CHECKING, Any
 
 from .config import TrainConfig
 
@@ -13,15 +14,13 @@ if TYPE_CHECKING:
 def config_class(task: str) -> type[TrainConfig]:
     """The configuration of a task."""
     from .classify_config import ClassifyConfig
+    from .detect_config import DetectConfig
 
-    return {"classify": ClassifyConfig}[task]
+    return {"classify": ClassifyConfig, "detect": DetectConfig}[task]
 
 
 def run_task(config: TrainConfig) -> Summary | None:
     """Train as ``config`` says; see `qtvit.training.job.run_job`."""
-    from .classify_config import ClassifyConfig
-
-    assert isinstance(config, ClassifyConfig)
-    from .classify import run_training
-
-    return run_training(config)
+    module: Any = importlib.import_module(f".{config.task}", __package__)
+    summary: Summary | None = module.run_training(config)
+    return summary

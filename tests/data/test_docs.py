@@ -1,4 +1,4 @@
-"""The examples of docs/data.md run."""
+"""The examples of docs/data.md run, and those on data of docs/detection.md."""
 
 import re
 from pathlib import Path
@@ -9,7 +9,8 @@ from PIL import Image
 
 from qtvit_cli import main
 
-PAGE = Path(__file__).parents[2] / "docs" / "data.md"
+DOCS = Path(__file__).parents[2] / "docs"
+PAGE = DOCS / "data.md"
 
 
 def test_the_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -29,3 +30,12 @@ def test_the_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     command = re.search(r"^qtvit (data check .*)$", text, re.MULTILINE)
     assert command is not None
     assert main(command[1].split()) == 0
+
+
+def test_the_examples_on_detection_data_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    page = DOCS / "detection.md"
+    data_section = page.read_text(encoding="utf-8").split("\n## Data\n")[1].split("\n## ")[0]
+    (block,) = re.findall(r"```python\n(.*?)```", data_section, re.DOTALL)
+    exec(compile(block, str(page), "exec"), {})
+    assert main(["data", "check", "scenes-python", "--task", "detect"]) == 0

@@ -100,7 +100,7 @@ def _resolve(model: Model) -> tuple[nn.Module, Preprocess, str, bool]:
             f"{name}: an exported model has no layers to look into; give the run that it was exported from"
         )
     try:
-        network, info = load_model(model)
+        network, info = load_model(model, task="classify")
         return network, Preprocess(**info.preprocess), name, False
     except FileNotFoundError:
         if Path(name).exists() or not timm.is_model(name):

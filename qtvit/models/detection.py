@@ -1,0 +1,338 @@
+"""Detectors: Faster, Mask and Cascade (Mask) R-CNN on a feature pyramid of our networks, or of any of timm's.
+
+The parts are torchvision's, put together as in mmdetection's configurations; the pyramid follows whatever strides the
+network has. "Mask R-CNN", He et al., ICCV 2017; "Feature Pyramid Networks", Lin et al., CVPR 2017.
+
+Tables 4 and 5 of the QT-ViT paper say Mask R-CNN, but their parameters are, to the last digit, those of Cascade Mask
+R-CNN with three mask heads, ``cascade=True`` here. In millions, with 80 categories and no classifier in the network:
+
+    ======================  ========  ========  ========  ===============  ===============  ===============
+    heads                   QT-ViT-1  QT-ViT-2  QT-ViT-3  EfficientViT-B1  EfficientViT-B2  EfficientViT-B3
+    ======================  ========  ========  ========  ===============  ===============  ===============
+    published                   57.9      68.5      93.1             57.6             68.0             92.1
+    cascade                    57.85     68.52     93.13            57.60            68.00            92.08
+    with one mask head         52.57     63.24     87.85            52.31            62.71            86.79
+    Mask R-CNN                 24.93     35.60     60.21            24.68            35.07            59.15
+    ======================  ========  ========  ========  ===============  ===============  ===============
+
+Shapes: B batch, C channels, H x W image or feature map.
+"""
+
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from torch import Tensor, nn
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.faster_rcnn import TwoMLPHead
+from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
+from torchvision.models.detection.image_list import ImageList
+from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
+from torchvision.models.detection.roi_heads import RoIHeads
+from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
+from torchvision.models.detection.transform import GeneralizedRCNNTransform
+from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
+from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
+from torchvision.ops.poolers import LevelMapper
+
+from qtvit.errors import some
+
+from .build import build_model
+from .cascade import CascadeRoIHeads
+from .foreign import fit_weights, kernel_mismatch
+from .qtvit import QTViT
+
+CASCADE = ((0.5, 10.0), (0.6, 20.0), (0.7, 30.0))
+"""Stages of Cascade R-CNN: IoU from which a region is an object; weight of its deltas (half for its sides)."""
+BODY = "backbone.body."
+"""What stands before the names of the network's weights in a detector's state dict."""
+
+
+class Detector(GeneralizedRCNN):
+    """torchvision's interface: lists of images (3, H, W) in 0..1, of any sizes.
+
+    In training, ``detector(images, targets)`` gives a dict of losses; each target is a dict of boxes (float (N, 4):
+    x1, y1, x2, y2 in pixels), labels (int64 (N,), from 1 to num_classes) and, with mask heads, masks (uint8
+    (N, H, W)); N may be 0. In evaluation, ``detector(images)`` gives for each image a dict of boxes, labels, scores
+    and, with mask heads, masks (float (N, 1, H, W) in 0..1), all in pixels of the image as it was given.
+
+    Under autocast, the convolutions and linear layers run in half precision; anchors, boxes, losses and the choice of
+    boxes are fp32. `build_detector` makes it.
+    """
+
+    num_classes: int
+    """Categories, without the background."""
+
+    @property
+    def body(self) -> Any:
+        """The network below the pyramid."""
+        return self.backbone.body
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """Parameters of the network that its own recipe does not decay."""
+        return {BODY + name for name in getattr(self.body, "no_weight_decay", set)()}
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        self.body.set_grad_checkpointing(enable)
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Layers of the network, as timm counts them; pyramid and heads come last."""
+        return {name: _within_body(pattern) for name, pattern in self.body.group_matcher(coarse=coarse).items()}
+
+
+class PyramidBackbone(nn.Module):
+    """A network and the feature pyramid on its maps: (B, 3, H, W) -> {"0": (B, C, H / stride, W / stride), …, "pool"}.
+
+    Of the network's maps the pyramid has those from 1/8 of the largest stride on, 4 to 32 for most networks, but none
+    of full resolution; "pool" is the last one at half its resolution, for the largest proposals.
+
+    Args:
+        body: one of timm's or ours, with ``forward_intermediates``; what stands behind its last map is taken out.
+        chans: C.
+        norm_layer: behind each of the pyramid's convolutions; None: no norms.
+
+    Attributes:
+        out_channels: C.
+        strides: of all maps, "pool" too.
+        removed: top-level parts of the network that are taken out.
+
+    Raises:
+        ValueError: the network gives no maps, or they do not halve from one to the next.
+    """
+
+    def __init__(self, body: nn.Module, chans: int, norm_layer: Callable[..., nn.Module] | None = None) -> None:
+        super().__init__()
+        network: Any = body
+        if not hasattr(network, "forward_intermediates"):
+            raise ValueError(f"{type(body).__name__} gives no feature maps (no forward_intermediates)")
+        strides = [level["reduction"] for level in network.feature_info]
+        finest = max(2, strides[-1] // 8)
+        self.indices = [i for i, stride in enumerate(strides) if stride >= finest]
+        self.strides = [strides[i] for i in self.indices]
+        if any(2 * fine != coarse for fine, coarse in zip(self.strides, self.strides[1:], strict=False)):
+            raise ValueError(
+                f"{type(body).__name__} has feature maps of strides {', '.join(map(str, self.strides))}; "
+                "a pyramid needs each to be twice the one before"
+            )
+        self.strides.append(2 * self.strides[-1])
+        self.out_channels = chans
+        self.body = body
+        parts = _parts(body)
+        network.prune_intermediate_layers(self.indices, prune_norm=True)
+        self.removed = parts - _parts(body)
+        widths = [network.feature_info[i]["num_chs"] for i in self.indices]
+        self.fpn = FeaturePyramidNetwork(widths, chans, LastLevelMaxPool(), norm_layer)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        network: Any = self.body
+        maps = network.forward_intermediates(x, self.indices, output_fmt="NCHW", intermediates_only=True)
+        return self.fpn({str(i): feature_map for i, feature_map in enumerate(maps)})
+
+
+class StrideAnchors(AnchorGenerator):
+    """Three anchors at every position of every map: of ``scale`` strides' side, at height to width 1/2, 1 and 2.
+
+    torchvision's generator takes strides from the maps' sizes, which is off for a map that does not divide the image,
+    and computes in the maps' dtype, which in half precision is off by pixels.
+    """
+
+    def __init__(self, strides: Sequence[int], scale: float) -> None:
+        super().__init__(tuple((scale * stride,) for stride in strides), ((0.5, 1.0, 2.0),) * len(strides))
+        self.strides = tuple(strides)
+
+    def forward(self, image_list: ImageList, feature_maps: list[Tensor]) -> list[Tensor]:
+        """(anchors, 4) in pixels for each image, fp32; all images have the same."""
+        self.set_cell_anchors(torch.float32, feature_maps[0].device)
+        sizes: Any = [feature_map.shape[-2:] for feature_map in feature_maps]
+        strides: Any = [(stride, stride) for stride in self.strides]
+        anchors = torch.cat(self.grid_anchors(sizes, strides))
+        return [anchors] * len(image_list.image_sizes)
+
+
+class ProposalHead(RPNHead):
+    """torchvision's head of the region proposal network, with results in fp32 under autocast too."""
+
+    def forward(self, x: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        logits, deltas = super().forward(x)
+        return [level.float() for level in logits], [level.float() for level in deltas]
+
+
+class BoxPredictor(nn.Module):
+    """Class logits and box deltas of regions, (R, C) -> (R, num_outputs) and (R, 4 · num_outputs), in fp32.
+
+    Args:
+        chans: C.
+        num_outputs: classes with the background.
+        class_agnostic: move a box the same for every class: the deltas are there once and are given for each.
+    """
+
+    def __init__(self, chans: int, num_outputs: int, class_agnostic: bool) -> None:
+        super().__init__()
+        self.repeats = num_outputs if class_agnostic else 1
+        self.cls_score = nn.Linear(chans, num_outputs)
+        self.bbox_pred = nn.Linear(chans, 4 * num_outputs // self.repeats)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.cls_score(x).float(), self.bbox_pred(x).float().repeat(1, self.repeats)
+
+
+class MaskPredictor(MaskRCNNPredictor):
+    """torchvision's, with results in fp32 under autocast too."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).float()
+
+
+def build_detector(
+    model: str,
+    *,
+    num_classes: int,
+    masks: bool = True,
+    cascade: bool = False,
+    min_size: int | Sequence[int] = 800,
+    max_size: int = 1333,
+    mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
+    std: Sequence[float] = IMAGENET_DEFAULT_STD,
+    model_args: Mapping[str, Any] | None = None,
+    fpn_chans: int = 256,
+    fpn_norm: bool = False,
+    box_dim: int = 1024,
+    anchor_scale: float = 8.0,
+    rois_per_image: int = 512,
+    score_thresh: float = 0.05,
+    max_detections: int = 100,
+) -> Detector:
+    """A detector with new weights on a network with new weights (see `load_backbone`).
+
+    Args:
+        model: name of the network, ours or timm's.
+        num_classes: categories, without the background.
+        masks: Mask R-CNN; False: Faster R-CNN, which learns from boxes alone.
+        cascade: three stages of heads instead of one.
+        min_size: px of the shorter side to which images are resized; with several, a training step draws one for each
+            image, and evaluation takes the last.
+        max_size: px that the longer side is not to exceed.
+        mean, std: of the channels, with which images are normalised.
+        model_args: of the network, as for ``timm.create_model``. With those of a classifier's checkpoint, positional
+            maps are of its size.
+        fpn_chans: channels of the pyramid, the proposals' head and the mask heads.
+        fpn_norm: BatchNorms in the pyramid.
+        box_dim: channels of the box heads.
+        anchor_scale: side of the anchors in strides.
+        rois_per_image: regions on which the heads are trained, at most a quarter of them objects.
+        score_thresh: below it, nothing counts as found.
+        max_detections: in an image, the best ones.
+
+    Raises:
+        ValueError: there is no such network or it takes no such arguments, it has no maps for a pyramid, or a number
+            is out of range.
+    """
+    sizes = [min_size] if isinstance(min_size, int) else list(min_size)
+    if num_classes < 1:
+        raise ValueError(f"num_classes has to be at least 1 (the background does not count), got {num_classes}")
+    if not sizes or not 0 < min(sizes) <= max(sizes) <= max_size:
+        raise ValueError(f"min_size has to be positive and at most max_size {max_size}, got {min_size}")
+    network = build_model(model, **(model_args or {}))
+    backbone = PyramidBackbone(network, fpn_chans, nn.BatchNorm2d if fpn_norm else None)
+    anchors = StrideAnchors(backbone.strides, anchor_scale)
+    rpn = RegionProposalNetwork(
+        anchors,
+        ProposalHead(fpn_chans, anchors.num_anchors_per_location()[0]),
+        fg_iou_thresh=0.7,
+        bg_iou_thresh=0.3,
+        batch_size_per_image=256,
+        positive_fraction=0.5,
+        pre_nms_top_n={"training": 2000, "testing": 1000},
+        post_nms_top_n={"training": 2000, "testing": 1000},
+        nms_thresh=0.7,
+    )
+    num_outputs = num_classes + 1
+    box_pool, mask_pool = (_roi_align(backbone.strides[:-1], size) for size in (7, 14))
+
+    def heads(iou: float = 0.5, weight: float = 10.0) -> RoIHeads:
+        return RoIHeads(
+            box_pool,
+            TwoMLPHead(fpn_chans * math.prod(box_pool.output_size), box_dim),
+            BoxPredictor(box_dim, num_outputs, class_agnostic=cascade),
+            fg_iou_thresh=iou,
+            bg_iou_thresh=iou,
+            batch_size_per_image=rois_per_image,
+            positive_fraction=0.25,
+            bbox_reg_weights=(weight, weight, weight / 2, weight / 2),
+            score_thresh=score_thresh,
+            nms_thresh=0.5,
+            detections_per_img=max_detections,
+            mask_roi_pool=mask_pool if masks else None,
+            mask_head=MaskRCNNHeads(fpn_chans, [fpn_chans] * 4, dilation=1) if masks else None,
+            mask_predictor=MaskPredictor(fpn_chans, fpn_chans, num_outputs) if masks else None,
+        )
+
+    roi_heads = CascadeRoIHeads([heads(*stage) for stage in CASCADE]) if cascade else heads()
+    resize: Any = GeneralizedRCNNTransform
+    transform = resize(sizes, max_size, list(mean), list(std), size_divisible=backbone.strides[-2])
+    detector = Detector(backbone, rpn, roi_heads, transform)
+    detector.num_classes = num_classes
+    return detector
+
+
+def load_backbone(detector: Detector, state_dict: Mapping[str, Tensor]) -> list[str]:
+    """Fill the network of ``detector`` with the weights of a classifier: ours under anybody's names, or timm's.
+
+    Positional maps of another size than its own are resized.
+
+    Returns:
+        The names of the weights it has no place for: those behind its last feature map.
+
+    Raises:
+        ValueError: weights are missing, of another shape, or of no part of such a classifier.
+    """
+    body, removed = detector.body, detector.backbone.removed
+    dropped = [name for name in state_dict if name.split(".")[0] in removed]
+    given = {name: tensor for name, tensor in state_dict.items() if name not in set(dropped)}
+    if isinstance(body, QTViT):
+        if mismatch := kernel_mismatch(given, body.kernel):
+            raise ValueError(mismatch)
+        given = fit_weights(given, body)
+    own = body.state_dict()
+    problems = {
+        "missing": [name for name in own if name not in given],
+        "unexpected": [name for name in given if name not in own],
+        "of another shape": [name for name in own if name in given and given[name].shape != own[name].shape],
+    }
+    if found := [f"{some(names, 3)} {what}" for what, names in problems.items() if names]:
+        raise ValueError(f"these are no weights of this {type(body).__name__}: {'; '.join(found)}")
+    body.load_state_dict(given)
+    return dropped
+
+
+def _parts(network: nn.Module) -> set[str]:
+    """Top-level modules and parameters that have weights."""
+    return {name.split(".")[0] for name in network.state_dict()}
+
+
+def _roi_align(strides: Sequence[int], size: int) -> MultiScaleRoIAlign:
+    """Regions to ``size`` x ``size``, from the map of stride s for sides of 14·s to 28·s px (Lin et al., equation 1).
+
+    torchvision's guesses the strides from the first images that it sees, wrongly if they are small.
+    """
+    pool = MultiScaleRoIAlign([str(i) for i in range(len(strides))], size, sampling_ratio=2)
+    levels = [stride.bit_length() - 1 for stride in (strides[0], strides[-1])]
+    scales: Any = [1 / stride for stride in strides]
+    mapper: Any = LevelMapper(*levels, canonical_scale=224, canonical_level=4)
+    pool.scales, pool.map_levels = scales, mapper
+    return pool
+
+
+def _within_body(pattern: Any) -> Any:
+    """What a network's ``group_matcher`` gives for a group, for the names of a detector's weights."""
+    if isinstance(pattern, str):
+        return re.sub(r"\^", "^" + re.escape(BODY), pattern)
+    if isinstance(pattern, (list, tuple)):
+        return type(pattern)(map(_within_body, pattern))
+    return pattern

@@ -1,0 +1,386 @@
+"""Training a detector: configuration in, run folder out."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from timm.data import resolve_data_config
+from torch import Tensor, nn
+
+from qtvit import console
+from qtvit.checkpoints import WEIGHT_SOURCES, ModelInfo, find_model_file, own_args, read_model_file
+from qtvit.checkpoints.model_file import DEFAULT_KERNEL
+from qtvit.data import DetectionData, DetectionDataset, DetectionTransform, load_detection_data
+from qtvit.data.detection import Target, collate
+from qtvit.deploy.detections import DetectPredictor, Result, coco_results
+from qtvit.device import processes
+from qtvit.errors import some
+from qtvit.files import write_text
+from qtvit.models import ARCHITECTURES, Detector, build_task_model, load_backbone
+from qtvit.models.detection import BODY
+
+from .coco_eval import GroundTruth
+from .config import DEFAULT_MODEL
+from .detect_config import DetectConfig
+from .detect_report import evaluate_detector, write_detection_report
+from .job import SUMMARY, Job, Speed, Summary, check_counts, make_loaders, run_job, with_workers
+from .options import absolute
+from .plots import plot_curves
+from .task import Task
+
+LOSSES = ("objectness", "rpn_box_reg", "classifier", "box_reg", "mask")
+"""torchvision's, without "loss_": of the proposals, then of the heads."""
+EPOCH_COLUMNS = {
+    "train/loss": "loss {:.4f}",
+    "val/box_ap": "box AP {:.2f} %",
+    "val/box_ap50": "AP50 {:.2f} %",
+    "val/mask_ap": "mask AP {:.2f} %",
+    "val/raw_box_ap": "not averaged {:.2f} %",
+}
+LOGGED = ("ap", "ap50", "ap75")
+CURVES = {
+    "Loss": {"all": "train/loss", **{name.replace("_", " "): f"train/{name}" for name in LOSSES}},
+    "Average precision (%)": {
+        "box AP": "val/box_ap",
+        "box AP50": "val/box_ap50",
+        "mask AP": "val/mask_ap",
+        "mask AP50": "val/mask_ap50",
+    },
+    "Learning rate": {"": "lr"},
+}
+HEADS = {
+    "cascade": False,
+    "fpn_chans": 256,
+    "fpn_norm": False,
+    "box_dim": 1024,
+    "anchor_scale": 8.0,
+    "rois_per_image": 512,
+}
+"""What `HeadsConfig` leaves open, unless the checkpoint says it."""
+MIN_SIZE = 640
+LAST_LAYERS = ("cls_score", "bbox_pred", "mask_fcn_logits")
+"""Names of the layers whose outputs are categories'."""
+
+
+@dataclass(frozen=True)
+class DetectSummary(Summary):
+    """What a finished training of a detector has to say.
+
+    Attributes:
+        run: the run folder.
+        box_ap, box_ap50: of the best weights on the held-out images, in percent.
+        mask_ap, mask_ap50: likewise; None of a detector without masks.
+        num_params: of the detector.
+        images_per_second: one at a time, on the training device.
+        train_seconds: wall-clock time of the training loop.
+        train_images_per_second: training steps alone, in all processes, without loading images and evaluation; None if
+            they were not measured.
+    """
+
+    box_ap: float
+    box_ap50: float
+    mask_ap: float | None
+    mask_ap50: float | None
+    num_params: int
+    images_per_second: float
+    train_seconds: float
+    train_images_per_second: float | None
+
+    def lines(self) -> list[tuple[str, str]]:
+        lines = [("box AP", f"{self.box_ap:.2f} % on the held-out images (AP50 {self.box_ap50:.2f} %)")]
+        if self.mask_ap is not None:
+            lines.append(("mask AP", f"{self.mask_ap:.2f} % (AP50 {self.mask_ap50:.2f} %)"))
+        return [
+            *lines,
+            ("parameters", f"{self.num_params / 1e6:.2f} M"),
+            ("speed", f"{self.images_per_second:.1f} images/s (one at a time, on the training device)"),
+            ("training", f"{self.train_seconds:.0f} s"),
+            ("files", "best.safetensors (the model), curves, precision-recall and predictions as .png, summary.json,"),
+            ("", "scores.json, per_category.csv, config.yaml"),
+        ]
+
+
+class DetectTask(Task):
+    """The task of finding objects.
+
+    Args:
+        model: the detector.
+        config: of the run.
+        info: its description.
+        truth: what is to be found in the held-out images.
+    """
+
+    model: Detector
+    config: DetectConfig
+
+    def __init__(self, model: Detector, config: DetectConfig, info: ModelInfo, truth: GroundTruth) -> None:
+        self.has_masks = info.task_args["masks"]
+        super().__init__(model, config, loss_parts=LOSSES if self.has_masks else LOSSES[:-1])
+        self.category_ids = tuple(info.task_args["category_ids"])
+        self.truth = truth
+        self.found: dict[str, list[Result]] = {}
+
+    def run_norms(self, network: nn.Module, batch: tuple[list[Tensor], list[Target]]) -> None:
+        detector: Any = network
+        images, _ = detector.transform(batch[0])
+        detector.backbone(images.tensors)
+
+    def training_step(self, batch: tuple[list[Tensor], list[Target]], batch_idx: int) -> Tensor:
+        images, targets = batch
+        losses = self.model(images, targets)
+        loss = torch.stack(list(losses.values())).sum()
+        self.count_loss(loss, len(images), {name.removeprefix("loss_"): part for name, part in losses.items()})
+        return loss
+
+    def on_validation_epoch_start(self) -> None:
+        self.found = {prefix: [] for prefix in self.networks}
+
+    def validation_step(self, batch: tuple[list[Tensor], list[Target]], batch_idx: int) -> None:
+        for prefix, network in self.networks.items():
+            for image, target in zip(*batch, strict=True):  # alone, as DetectPredictor has it
+                [output] = network.forward([image])
+                self.found[prefix] += coco_results(output, target["image_id"], self.category_ids)
+
+    def on_validation_epoch_end(self) -> None:
+        for prefix, found in self.found.items():
+            for name, score in self._score(found).items():
+                self.log(f"val/{prefix}{name}", score, prog_bar=name == "box_ap")
+        self.found = {}
+        super().on_validation_epoch_end()
+
+    def _score(self, found: list[Result]) -> dict[str, float]:
+        """The scores of what all processes have found."""
+        if self.trainer.world_size > 1:
+            parts: Any = [None] * self.trainer.world_size
+            torch.distributed.all_gather_object(parts, found)
+            found = [result for part in parts for result in part]
+        scores: dict[str, float] = {}
+        if self.global_rank == 0:
+            for kind, of_kind in self.truth.score(found, self.has_masks).items():
+                scores |= {f"{kind}_{name}": of_kind.figures[name] or 0.0 for name in LOGGED}
+        return self.trainer.strategy.broadcast(scores)
+
+
+class DetectJob(Job[DetectConfig, DetectSummary]):
+    """The training of a detector."""
+
+    monitor = "val/box_ap"
+    score = "box AP"
+    columns = EPOCH_COLUMNS
+
+    def __init__(self, config: DetectConfig, device: torch.device, past: dict[str, Any]) -> None:
+        self.data = data = read_data(config, past)
+        config = with_workers(config)
+        detector, self.info = _build_again(past) if past else build_detector(config, data)
+        self.config = config = replace(config, model=self.info.model)
+        categories = dict(zip(data.category_ids, data.classes, strict=True))
+        self.truth = GroundTruth(data.val, categories)
+        if not any(self.truth.counts.values()):
+            raise ValueError(f"{data.val_annotations}: there are no objects in the held-out images to score it on")
+        self.task = DetectTask(detector, config, self.info, self.truth)
+        augment = DetectionTransform(**asdict(config.augment))
+        train, val = DetectionDataset(data.train, augment), DetectionDataset(data.val)
+        self.loaders = make_loaders(
+            config, device, [train], len(data.train), val, len(data.val), collate=collate, val_batch_size=1
+        )
+        self.data_name = data.name
+        self.sources = _Paths(data)
+        self.description = {"data": data.digest()}
+        what = "boxes and masks" if data.has_masks else "boxes"
+        self.about = (
+            f"{data.name}: {what} of {len(data.classes)} categor{'y' if len(data.classes) == 1 else 'ies'} in "
+            f"{len(data.train)} training and {len(data.val)} held-out images"
+        )
+
+    def resolved(self) -> DetectConfig:
+        config, task_args = self.config, self.info.task_args
+        paths = ("data", "checkpoint", "train_annotations", "train_images_dir", "val_annotations", "val_images_dir")
+        whole: dict[str, Any] = {name: absolute(getattr(config, name)) for name in paths}
+        return replace(
+            config,
+            **whole,
+            masks=task_args["masks"],
+            min_size=list(task_args["min_size"]),
+            max_size=task_args["max_size"],
+            heads=replace(config.heads, **{name: task_args[name] for name in HEADS}),
+        )
+
+    def report(self, run: Path, speed: Speed) -> DetectSummary:
+        config, data = self.config, self.data
+        predictor = DetectPredictor.load(run, config.device)
+        evaluation = evaluate_detector(predictor, data.val, self.truth, num_workers=config.num_workers or 0)
+        plot_curves(run / "metrics.csv", run / "curves.png", CURVES)
+        write_detection_report(evaluation, data.val, run)
+        scores = evaluation.scores
+        mask = scores["mask"].figures if "mask" in scores else {}
+        batch = config.batch_size * processes()[1]
+        summary = DetectSummary(
+            run=str(run),
+            box_ap=scores["box"].figures["ap"] or 0.0,
+            box_ap50=scores["box"].figures["ap50"] or 0.0,
+            mask_ap=mask.get("ap"),
+            mask_ap50=mask.get("ap50"),
+            num_params=sum(p.numel() for p in predictor.model.parameters()),
+            images_per_second=round(evaluation.images_per_second, 2),
+            train_seconds=round(speed.seconds, 1),
+            train_images_per_second=round(batch / speed.seconds_per_batch, 1) if speed.seconds_per_batch else None,
+        )
+        write_text(run / SUMMARY, json.dumps(asdict(summary), indent=2) + "\n")
+        return summary
+
+
+class _Paths(Sequence[Path]):
+    """Files of the training images, made when they are asked for."""
+
+    def __init__(self, data: DetectionData) -> None:
+        self.samples = data.train
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.samples.path(index)
+
+
+def run_training(config: DetectConfig) -> DetectSummary | None:
+    """Train a detector as ``config`` says; see `qtvit.training.job.run_job`."""
+    return run_job(config, DetectJob)
+
+
+def read_data(config: DetectConfig, past: dict[str, Any]) -> DetectionData:
+    """The images to train on; those of the run that ``past`` describes, if it does."""
+    data = load_detection_data(
+        config.data,
+        train_annotations=config.train_annotations,
+        train_images_dir=config.train_images_dir,
+        val_annotations=config.val_annotations,
+        val_images_dir=config.val_images_dir,
+        train_images=config.train_images,
+        use_masks=config.masks is not False,
+        drop_empty=config.drop_empty,
+    )
+    if config.masks is True and not data.has_masks:
+        raise ValueError(f"--masks true: no object of {data.train.file.path} has a segmentation")
+    check_counts(config, len(data.train), len(data.val))
+    if past and data.digest() != past["data"]:
+        raise ValueError(
+            f"{config.data} is not what {config.resume} was training on: images or annotations have changed"
+        )
+    return data
+
+
+def _build_again(past: dict[str, Any]) -> tuple[Any, ModelInfo]:
+    """The detector of the run that ``past`` describes, whose weights its training state holds."""
+    info = ModelInfo(**past["info"])
+    return build_task_model(info.task, info.model, info.model_args, info.task_args).train(), info
+
+
+def build_detector(config: DetectConfig, data: DetectionData) -> tuple[Any, ModelInfo]:
+    """The detector to train, from random weights or from ``config.checkpoint``, and its description."""
+    name, model_args = config.model or DEFAULT_MODEL, config.model_args
+    weights: dict[str, Tensor] = {}
+    source: ModelInfo | None = None
+    if config.checkpoint is not None:
+        weights, source = read_model_file(find_model_file(config.checkpoint), model_args.get("kernel"))
+        _check_source(config, source)
+        name, model_args = source.model, {**source.model_args, **model_args}
+    if model_args.get("in_chans", 3) != 3:
+        raise ValueError(f"{name} is for images of {model_args['in_chans']} channels, and a detector reads RGB")
+    known = source.task_args if source is not None and source.task == "detect" else {}
+    task_args = _task_args(config, data, known, _normalisation(name, source))
+    detector: Any = build_task_model("detect", name, model_args, task_args)
+    if source is None:
+        if not model_args.keys() & set(WEIGHT_SOURCES):
+            for option, on in ((f"--freeze {config.freeze}", config.freeze), ("--freeze-bn", config.freeze_bn)):
+                if on:
+                    console.say(f"{option} without --checkpoint keeps random weights as they are")
+    elif known:
+        same = (known["category_ids"], source.classes) == (list(data.category_ids), list(data.classes))
+        _load_detector(config, detector, weights, source, None if same else data)
+    else:
+        try:
+            load_backbone(detector, weights)
+        except ValueError as error:
+            raise ValueError(f"{config.checkpoint}: {error}") from error
+    info = ModelInfo(name, own_args(model_args), list(data.classes), {}, task="detect", task_args=task_args)
+    return detector.train(), info
+
+
+def _check_source(config: DetectConfig, source: ModelInfo) -> None:
+    """ValueError unless a checkpoint can be started from."""
+    if source.task not in ("classify", "detect"):
+        raise ValueError(f"{config.checkpoint}: trained to {source.task}; a classifier or detector is needed")
+    if config.model not in (None, source.model):
+        raise ValueError(f"--checkpoint {config.checkpoint} holds {source.model}, not {config.model}")
+    kernel, trained = config.model_args.get("kernel"), source.model_args.get("kernel", DEFAULT_KERNEL)
+    if source.model in ARCHITECTURES and kernel not in (None, trained):
+        raise ValueError(f"{config.checkpoint}: its {source.model} was trained with kernel {trained}, not {kernel}")
+
+
+def _normalisation(name: str, source: ModelInfo | None) -> dict[str, list[float]]:
+    """Mean and deviation of the channels that the network is used to."""
+    if source is not None:
+        given: Mapping[str, Any] = source.task_args if source.task == "detect" else source.preprocess
+    else:
+        cfg = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
+        given = resolve_data_config(pretrained_cfg=cfg.to_dict() if cfg else {})
+    return {key: list(given[key]) for key in ("mean", "std")}
+
+
+def _task_args(
+    config: DetectConfig, data: DetectionData, known: Mapping[str, Any], normalisation: dict[str, list[float]]
+) -> dict[str, Any]:
+    """What the detector is built with: as the options say, else as in the checkpoint, else the defaults."""
+    chosen = {name: value for name, value in asdict(config.heads).items() if value is not None}
+    heads = {name: chosen.get(name, known.get(name, default)) for name, default in HEADS.items()}
+    min_size = sorted(config.min_size) or known.get("min_size", [MIN_SIZE])
+    max_size = config.max_size or (known.get("max_size") if not config.min_size else None) or max(min_size) * 5 // 3
+    sizes = {"min_size": list(min_size), "max_size": max_size}
+    return {"category_ids": list(data.category_ids), "masks": data.has_masks, **heads, **sizes, **normalisation}
+
+
+def _load_detector(
+    config: DetectConfig,
+    detector: nn.Module,
+    weights: dict[str, Tensor],
+    source: ModelInfo,
+    others: DetectionData | None,
+) -> None:
+    """Take over what fits of another detector.
+
+    Args:
+        config: of the run.
+        detector: to fill.
+        weights: of the other one.
+        source: its description.
+        others: data of other categories than its own, for which the last layers start anew.
+
+    Raises:
+        ValueError: not even the network fits.
+    """
+    own = detector.state_dict()
+    fitting = {
+        name: tensor
+        for name, tensor in weights.items()
+        if name in own
+        and own[name].shape == tensor.shape
+        and not (others and any(layer in name for layer in LAST_LAYERS))
+    }
+    anew = [name for name in own if name not in fitting]
+    if wrong := [name for name in anew if name.startswith(BODY)]:
+        raise ValueError(f"{config.checkpoint}: these weights do not fit {source.model}: {some(wrong, 3)}")
+    detector.load_state_dict({**own, **fitting})
+    if others:
+        console.say(
+            f"{config.checkpoint} finds other categories ({some(source.classes)}): the last layers start anew for "
+            f"{some(others.classes)}"
+        )
+    parts = dict.fromkeys(
+        name.rpartition(".")[0] for name in anew if not (others and any(layer in name for layer in LAST_LAYERS))
+    )
+    if parts:
+        console.say(f"not in {config.checkpoint}, so they start anew: {some(list(parts))}")
