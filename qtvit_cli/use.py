@@ -113,7 +113,7 @@ def evaluate(args: argparse.Namespace) -> None:
 
     make_parent(args.json)
     args.num_workers = default_workers(args.data == DIGITS) if args.num_workers is None else args.num_workers
-    set_threads(None, args.num_workers)
+    set_threads(args.threads, args.num_workers)
     predictor: Any = Predictor.load(args.run, args.device)
     task = TASKS[predictor.task]
     apply_options(args, predictor.task, "eval_options")
