@@ -16,9 +16,10 @@ if TYPE_CHECKING:
     from . import explain
     from .deploy import Predictor
     from .training.classify import RunSummary
+    from .training.detect import DetectSummary
     from .training.segment import SegmentSummary
 
-__all__ = ["__version__", "explain", "load", "models", "train_classifier", "train_segmenter"]
+__all__ = ["__version__", "explain", "load", "models", "train_classifier", "train_detector", "train_segmenter"]
 
 
 def __getattr__(name: str) -> Any:
@@ -56,11 +57,24 @@ def train_classifier(**options: Any) -> RunSummary | None:
     return run_training(make_config(ClassifyConfig, **options))
 
 
+def train_detector(**options: Any) -> DetectSummary | None:
+    """``qtvit train detect`` with its options as keyword arguments, as `train_classifier` has them.
+
+    ``train_detector(data="photos", checkpoint="runs/qtvit_1-imagenet", min_size=[480, 640])``; see
+    `qtvit.training.detect_config.DetectConfig` for all of them.
+    """
+    from .training.detect import run_training
+    from .training.detect_config import DetectConfig
+    from .training.options import make_config
+
+    return run_training(make_config(DetectConfig, **options))
+
+
 def train_segmenter(**options: Any) -> SegmentSummary | None:
-    """``qtvit train segment`` with its options as keyword arguments, as `train_classifier` takes those of its own.
+    """``qtvit train segment`` with its options as keyword arguments, as `train_classifier` has them.
 
     ``train_segmenter(data="streets", model="qtvit_1", head="light", crop_size="512x1024", loss={"dice": 1.0})``; see
-    `qtvit.training.segment_config.SegmentConfig`. Errors as `train_classifier`.
+    `qtvit.training.segment_config.SegmentConfig` for all of them.
     """
     from .training.options import make_config
     from .training.segment import run_training

@@ -91,7 +91,9 @@ def _add_pareto(kinds: Commands) -> None:
 
 def _add_train(kinds: Commands) -> None:
     steps = kinds.add_parser("train", help="time of a training step, and memory kept for its backward pass")
-    steps.add_argument("models", nargs="*", default=["qtvit_1"], help=f"{MODELS} (default: qtvit_1)")
+    steps.add_argument(
+        "models", nargs="*", default=["qtvit_1", "qtvit_1:softmax"], help=f"{MODELS} (qtvit_1 qtvit_1:softmax)"
+    )
     steps.add_argument("--peer", default="efficientvit_b1", help="what to compare with (default: efficientvit_b1)")
     steps.add_argument("--img-size", default="224", help="side or HEIGHTxWIDTH (default: 224)")
     steps.add_argument("--batch-size", type=positive, default=16)

@@ -37,7 +37,9 @@ def _add_export(commands: Commands) -> None:
         help="what is left open: batch, hw (height and width), batch,hw, or none (default: batch)",
     )
     exporting.add_argument(
-        "--calibration", metavar="FOLDER", help="typical images; int8 measures its ranges on them, all check the file"
+        "--calibration",
+        metavar="FOLDER",
+        help="typical images; int8 measures its ranges on them, and any file is checked on them",
     )
     exporting.add_argument(
         "--data", metavar="FOLDER", help="labelled images, as for eval, to check the file and its accuracy on"

@@ -2,7 +2,7 @@
 
 import argparse
 import shlex
-from pathlib import Path
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from .common import Commands, command_name, positive
@@ -16,13 +16,83 @@ TASKS = {
     "segment": "semantic segmentation",
 }
 """What can be trained, and what that is."""
-QUICKSTARTS = {"classify": "quickstart", "segment": "quickstart/segment"}
-"""Recipes of the quick start."""
+
+
+@dataclass(frozen=True)
+class Quickstart:
+    """A training on data that come with the package.
+
+    Attributes:
+        recipe: its name.
+        scenes: folder that sample scenes are written to first; None if there is nothing to write.
+        num_train, num_val: how many.
+        next: what to do after it, with places for the command and the run.
+    """
+
+    recipe: str
+    scenes: str | None = None
+    num_train: int = 0
+    num_val: int = 0
+    next: str = ""
+
+
+QUICKSTARTS = {
+    "classify": Quickstart(
+        "quickstart",
+        next="""
+Next, with your own images in folders named by class (photos/cat/1.jpg, photos/dog/2.jpg, …):
+
+    {command} train classify --model qtvit_1 --data photos --epochs 50
+    {command} eval runs/qtvit_1-photos --data photos
+    {command} predict runs/qtvit_1-photos some_image.jpg
+
+and with the model just trained:  {command} eval {run} --data digits""",
+    ),
+    "detect": Quickstart(
+        "quickstart/detect",
+        scenes="runs/digit-scenes-detect",
+        num_train=800,
+        num_val=100,
+        next="""
+Next, with your own images and boxes in COCO's layout (photos/annotations/instances_train.json, photos/train/1.jpg, …):
+
+    {command} train detect --model qtvit_1 --data photos --checkpoint CLASSIFIER
+    {command} eval runs/qtvit_1-photos --data photos
+    {command} predict runs/qtvit_1-photos some_image.jpg --save found
+
+and with the model just trained:
+
+    {command} eval {run} --data {data}
+    {command} predict {run} {data}/val --save found.png""",
+    ),
+    "segment": Quickstart(
+        "quickstart/segment",
+        scenes="runs/digit-scenes-segment",
+        num_train=1000,
+        num_val=100,
+        next="""
+Next, with your own images and masks (photos/train/images/1.jpg, photos/train/masks/1.png, and photos/val the same):
+
+    {command} data check photos --task segment
+    {command} train segment --model qtvit_1 --data photos --checkpoint CLASSIFIER
+    {command} eval runs/qtvit_1-photos --data photos
+    {command} predict runs/qtvit_1-photos some_image.jpg --save found
+
+and with the model just trained:
+
+    {command} eval {run} --data {data}
+    {command} predict {run} {data}/val/images --save found.png""",
+    ),
+}
+"""By task."""
 
 
 def add_train(commands: Commands) -> None:
     """Add the commands that train."""
-    quick = commands.add_parser("quickstart", help="train the smallest model on built-in digits, in about a minute")
+    quick = commands.add_parser(
+        "quickstart",
+        help="train the smallest model on built-in digits: a classifier in about a minute, others in a few",
+    )
     quick.add_argument("--task", choices=list(QUICKSTARTS), default="classify", help="what to train (classify)")
     quick.add_argument("--output", help="run folder to create (default: runs/qtvit_nano-DATA, numbered when taken)")
     quick.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
@@ -65,41 +135,17 @@ def quickstart(args: argparse.Namespace) -> None:
     from qtvit.training.options import parse_config
     from qtvit.training.tasks import config_class, run_task
 
-    argv = ["--recipe", QUICKSTARTS[args.task], "--device", args.device]
-    argv += ["--output", args.output] if args.output else []
-    scenes = Path("runs", f"digit-scenes-{args.task}")
-    if args.task != "classify":
+    start = QUICKSTARTS[args.task]
+    argv = ["--recipe", start.recipe, "--device", args.device, *(["--output", args.output] if args.output else [])]
+    if start.scenes is not None:
         from qtvit.data import write_scenes
 
-        argv += ["--data", str(write_scenes(scenes, args.task))]
+        write_scenes(start.scenes, args.task, start.num_train, start.num_val)
+        argv += ["--data", start.scenes]
     summary = run_task(parse_config(argv, config_class(args.task)))
     _print_summary(summary)
-    if summary is None:
-        return
-    command = command_name()
-    if args.task == "segment":
-        print(
-            f"""
-Next, with your own images and masks (photos/train/images, photos/train/masks, photos/val/images, photos/val/masks):
-
-    {command} data check photos --task segment
-    {command} train segment --model qtvit_1 --data photos --epochs 50
-    {command} eval runs/qtvit_1-photos --data photos
-    {command} predict runs/qtvit_1-photos some_image.jpg --save drawn
-
-and with the model just trained:  {command} predict {summary.run} {scenes}/val/images --save drawn"""
-        )
-        return
-    print(
-        f"""
-Next, with your own images in folders named by class (photos/cat/1.jpg, photos/dog/2.jpg, …):
-
-    {command} train classify --model qtvit_1 --data photos --epochs 50
-    {command} eval runs/qtvit_1-photos --data photos
-    {command} predict runs/qtvit_1-photos some_image.jpg
-
-and with the model just trained:  {command} eval {summary.run} --data digits"""
-    )
+    if summary is not None:
+        print(start.next.format(command=command_name(), run=summary.run, data=start.scenes))
 
 
 def ablate(args: argparse.Namespace) -> None:

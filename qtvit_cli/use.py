@@ -1,63 +1,22 @@
-"""Using trained models: ``qtvit eval``, ``predict`` and ``explain``."""
+"""Using trained models: ``qtvit eval``, ``predict`` and ``explain``; what differs by task is in `tasks`."""
 
 import argparse
-import csv
-import io
 import os
 from collections.abc import Container, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .common import RUN, SHEET_SUFFIXES, Commands, make_parent, new_file, pictures, positive, run_name, write_json
-from .segment import add_eval_segments, add_views, check_no_views, evaluate_segmenter, predict_segments
+from .tasks import TASKS, add_views, apply_options, score_from_0_to_1
 
 if TYPE_CHECKING:
-    from qtvit.deploy.annotate import FolderWriter, SheetWriter
     from qtvit.explain import View
 
 
 def add_use(commands: Commands) -> None:
     """Add the commands that use a trained model."""
-    evaluation = commands.add_parser("eval", help="score a trained model on labelled images")
-    evaluation.add_argument("run", help=f"{RUN}, or an exported file")
-    evaluation.add_argument(
-        "--data", required=True, help="folder of CLASS/*.jpg, folder with val/CLASS/*.jpg, or digits"
-    )
-    evaluation.add_argument("--batch-size", type=positive, default=64)
-    evaluation.add_argument(
-        "--num-workers", type=int, help="processes that load images (default: one per core less one)"
-    )
-    evaluation.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
-    evaluation.add_argument(
-        "--output", help="folder to create for the report (default: runs/eval-RUN-DATA, numbered when taken)"
-    )
-    evaluation.add_argument("--json", type=new_file, metavar="FILE", help="also write all scores to FILE")
-    evaluation.add_argument(
-        "--on-bad-image", choices=("stop", "skip"), default="stop", help="what to do about unreadable files (stop)"
-    )
-    add_eval_segments(evaluation)
-    evaluation.set_defaults(command=evaluate)
-
-    prediction = commands.add_parser("predict", help="label images with a trained model")
-    prediction.add_argument("run", help=f"{RUN}, or an exported file")
-    prediction.add_argument("images", nargs="+", help="image files, or folders of them")
-    prediction.add_argument("--top-k", type=positive, default=5, help="classes to show per image (default: 5)")
-    prediction.add_argument("--batch-size", type=positive, default=32)
-    prediction.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
-    prediction.add_argument("--threads", type=positive, help="CPU threads of the network (default: one per core)")
-    prediction.add_argument("--json", type=new_file, metavar="FILE", help="also write the predictions to FILE")
-    prediction.add_argument("--csv", type=new_file, metavar="FILE", help="the same as a table: image, rank, label, …")
-    prediction.add_argument(
-        "--save",
-        type=pictures,
-        metavar="PATH",
-        help="also draw them: sheets of small pictures if PATH ends in .png or .jpg, else a folder of large ones",
-    )
-    prediction.add_argument(
-        "--on-bad-image", choices=("stop", "skip"), default="stop", help="what to do about unreadable files (stop)"
-    )
-    add_views(prediction)
-    prediction.set_defaults(command=predict)
+    _add_eval(commands)
+    _add_predict(commands)
 
     explanation = commands.add_parser("explain", help="draw what the attention of a model looks at in an image")
     explanation.add_argument("run", help=RUN)
@@ -89,67 +48,109 @@ def add_use(commands: Commands) -> None:
     explanation.set_defaults(command=explain)
 
 
+def _add_eval(commands: Commands) -> None:
+    evaluation = commands.add_parser("eval", help="score a trained model on labelled images")
+    evaluation.add_argument("run", help=f"{RUN}, or an exported file")
+    evaluation.add_argument(
+        "--data",
+        required=True,
+        help="folder of CLASS/*.jpg, folder with val/CLASS/*.jpg, or digits; for a detector, folder in COCO's layout; for "
+        "a segmenter, folder of images and masks",
+    )
+    evaluation.add_argument("--batch-size", type=positive, help="classifier: images at a time (default: 64)")
+    evaluation.add_argument(
+        "--threads", type=positive, help="CPU threads of the network (default: the cores that loading leaves)"
+    )
+    evaluation.add_argument(
+        "--num-workers", type=int, help="processes that load images (default: one per core less one)"
+    )
+    evaluation.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    evaluation.add_argument(
+        "--output", help="folder to create for the report (default: runs/eval-RUN-DATA, numbered when taken)"
+    )
+    evaluation.add_argument("--json", type=new_file, metavar="FILE", help="also write all scores to FILE")
+    evaluation.add_argument(
+        "--on-bad-image", choices=("stop", "skip"), help="classifier: what to do about unreadable files (stop)"
+    )
+    evaluation.add_argument("--val-annotations", metavar="FILE", help="detector: annotation file, if it is elsewhere")
+    evaluation.add_argument("--val-images-dir", metavar="DIR", help="detector: folder that its file names are in")
+    evaluation.add_argument("--mask-classes", metavar="FILE", help="segmenter: file of class names and colours")
+    evaluation.add_argument(
+        "--save-masks", type=Path, metavar="DIR", help="segmenter: write what it predicts as index masks, PNGs"
+    )
+    add_views(evaluation)
+    evaluation.set_defaults(command=evaluate)
+
+
+def _add_predict(commands: Commands) -> None:
+    prediction = commands.add_parser("predict", help="label images, their objects or their pixels with a trained model")
+    prediction.add_argument("run", help=f"{RUN}, or an exported file")
+    prediction.add_argument("images", nargs="+", help="image files, or folders of them")
+    prediction.add_argument("--top-k", type=positive, help="classifier, segmenter: classes to show per image (5)")
+    prediction.add_argument("--batch-size", type=positive, help="classifier: images at a time (default: 32)")
+    prediction.add_argument(
+        "--score-threshold",
+        type=score_from_0_to_1,
+        metavar="SCORE",
+        help="detector: leave out what is less certain, 0 to 1 (default: 0.5)",
+    )
+    prediction.add_argument("--classes", metavar="A,B,…", help="detector: look for these alone")
+    prediction.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    prediction.add_argument("--threads", type=positive, help="CPU threads of the network (default: one per core)")
+    prediction.add_argument("--json", type=new_file, metavar="FILE", help="also write the predictions to FILE")
+    prediction.add_argument("--csv", type=new_file, metavar="FILE", help="classifier: a table of image, rank, label, …")
+    prediction.add_argument(
+        "--save",
+        type=pictures,
+        metavar="PATH",
+        help="also draw them: sheets of small pictures if PATH ends in .png or .jpg, else a folder of large ones",
+    )
+    prediction.add_argument(
+        "--on-bad-image", choices=("stop", "skip"), default="stop", help="what to do about unreadable files (stop)"
+    )
+    add_views(prediction)
+    prediction.set_defaults(command=predict)
+
+
 def evaluate(args: argparse.Namespace) -> None:
     """``qtvit eval``."""
-    from qtvit import console
-    from qtvit.data import DIGITS, drop_broken
-    from qtvit.deploy import ClassPredictor, Predictor, SegmentPredictor
-    from qtvit.deploy.held_out import held_out_samples
-    from qtvit.errors import some
-    from qtvit.training.evaluate import evaluate as run_evaluation
-    from qtvit.training.report import class_table, headline, scores, write_report
-    from qtvit.training.run import clean_up, create_run_folder, default_workers, set_threads
+    from qtvit.data import DIGITS
+    from qtvit.deploy import Predictor
+    from qtvit.training.run import default_workers, set_threads
 
     make_parent(args.json)
-    num_workers = default_workers(args.data == DIGITS) if args.num_workers is None else args.num_workers
-    set_threads(None, num_workers)
-    predictor: Predictor[Any] = Predictor.load(args.run, args.device)
-    if isinstance(predictor, SegmentPredictor):
-        return evaluate_segmenter(args, predictor)
-    check_no_views(args)
-    if not isinstance(predictor, ClassPredictor):
-        raise ValueError(f"{args.run}: was trained to {predictor.task}")
-    samples, which = held_out_samples(args.data, predictor.info)
-    folder = create_run_folder(args.output, f"eval-{run_name(args.run)}-{Path(args.data).resolve().name}")
-    with clean_up(folder):
-        if args.on_bad_image == "skip":
-            samples = drop_broken(samples)
-        evaluation = run_evaluation(predictor, samples, batch_size=args.batch_size, num_workers=num_workers)
-    print(f"{headline(evaluation)}: {which}")
-    absent = [row.label for row in evaluation.per_class() if row.num_images == 0]
-    if absent:
-        console.say(f"no images of {len(absent)} of the {len(predictor.classes)} classes: {some(absent)}")
-    for line in class_table(evaluation):
-        console.result(line)
-    about = {"run": args.run, "data": args.data, "images": which}
-    write_report(evaluation, samples, folder, about)
-    print(f"report: {folder}")
-    if args.json:
-        write_json(args.json, scores(evaluation, about))
+    args.num_workers = default_workers(args.data == DIGITS) if args.num_workers is None else args.num_workers
+    set_threads(args.threads, args.num_workers)
+    predictor: Any = Predictor.load(args.run, args.device)
+    task = TASKS[predictor.task]
+    apply_options(args, predictor.task, "eval_options")
+    task.evaluate(args, predictor, f"eval-{run_name(args.run)}-{Path(args.data).resolve().name}")
 
 
 def predict(args: argparse.Namespace) -> None:
     """``qtvit predict``."""
     from qtvit import console
     from qtvit.data import open_image
-    from qtvit.deploy import ClassPredictor, Predictor, SegmentPredictor
-    from qtvit.deploy.annotate import shorten
+    from qtvit.deploy import Predictor
+    from qtvit.deploy.annotate import FolderWriter, SheetWriter
     from qtvit.errors import some
 
-    predictor: Predictor[Any] = Predictor.load(args.run, args.device, args.threads)
+    predictor: Any = Predictor.load(args.run, args.device, args.threads)
+    task = TASKS[predictor.task]
+    apply_options(args, predictor.task, "predict_options")
     files = _find_files(args.images)
-    writer = _picture_writer(args, files)
+    writer: FolderWriter | SheetWriter | None = None
+    if args.save:
+        save = args.save.resolve()
+        if any(save in (file.resolve(), *file.resolve().parents) for file in files):
+            raise ValueError(f"--save {args.save} holds images to predict; name another one")
+        is_sheet = save.suffix.lower() in SHEET_SUFFIXES
+        writer = SheetWriter(args.save, task.sheet_side) if is_sheet else FolderWriter(args.save)
+        make_parent(args.save if is_sheet else args.save / "image")
     make_parent(args.json)
     make_parent(args.csv)
-    if isinstance(predictor, SegmentPredictor):
-        return predict_segments(args, predictor, files, writer)
-    check_no_views(args)
-    if not isinstance(predictor, ClassPredictor):
-        raise ValueError(f"{args.run}: was trained to {predictor.task}")
     width = min(max(len(str(file)) for file in files), 120)
-    label_width = min(max(map(len, predictor.classes)), 30)
-    skip = args.on_bad_image == "skip"
-    found = predictor.iter_predict(list(files), args.top_k, args.batch_size, skip_broken=skip)
+    found = task.iter_predict(args, predictor, list(files))
     predictions = zip(files, found, strict=True)
     rows: list[dict[str, Any]] = []
     skipped: list[str] = []
@@ -158,13 +159,14 @@ def predict(args: argparse.Namespace) -> None:
         if prediction is None:
             skipped.append(name)
             continue
-        pairs = list(zip(prediction.labels, prediction.probabilities, strict=True))
-        others = "   ".join(f"{shorten(label, label_width)} {p:.1%}" for label, p in pairs[1:])
-        label = f"{shorten(prediction.label, label_width):<{label_width}}  {prediction.probability:>6.1%}"
-        console.result(f"{name:<{width}}  {label}   {others}".rstrip())
-        rows.append({"image": name, "predictions": [{"label": label, "probability": p} for label, p in pairs]})
+        console.result(f"{name:<{width}}  {task.line(prediction, predictor)}".rstrip())
+        rows.append({"image": name, **task.row(prediction)})
         if writer:
-            writer.add(open_image(file), files[file], [f"{p:.0%} {label}" for label, p in pairs])
+            picture, captions = task.picture(open_image(file), prediction, predictor)
+            writer.add(picture, files[file], captions)
+            if isinstance(writer, FolderWriter) and (mask := task.mask(prediction)) is not None:
+                written = writer.written[-1]
+                mask.save(written.with_name(f"{written.stem}_mask.png"))
     if not rows:
         raise ValueError(f"none of the {len(skipped)} images can be read: {some(skipped)}")
     if skipped:
@@ -172,24 +174,10 @@ def predict(args: argparse.Namespace) -> None:
     if args.json:
         write_json(args.json, rows)
     if args.csv:
-        _write_predictions(args.csv, rows)
+        task.write_csv(args.csv, rows)
     if writer:
         writer.close()
         print(f"written: {some(writer.written)}")
-
-
-def _picture_writer(args: argparse.Namespace, files: dict[Path, Path]) -> "FolderWriter | SheetWriter | None":
-    """What writes to ``--save``, if it is given; ValueError if images to predict would be overwritten."""
-    from qtvit.deploy.annotate import FolderWriter, SheetWriter
-
-    if args.save is None:
-        return None
-    save = args.save.resolve()
-    if any(save in (file.resolve(), *file.resolve().parents) for file in files):
-        raise ValueError(f"--save {args.save} holds images to predict; name another one")
-    is_sheet = save.suffix.lower() in SHEET_SUFFIXES
-    make_parent(args.save if is_sheet else args.save / "image")
-    return SheetWriter(args.save) if is_sheet else FolderWriter(args.save)
 
 
 def _find_files(names: Sequence[str]) -> dict[Path, Path]:
@@ -210,20 +198,6 @@ def _find_files(names: Sequence[str]) -> dict[Path, Path]:
         for file in found:
             files.setdefault(file, file.relative_to(path if path.is_dir() else path.parent))
     return files
-
-
-def _write_predictions(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """CSV with one line per image and class."""
-    from qtvit.files import write_text
-
-    table = io.StringIO()
-    writer = csv.writer(table, lineterminator="\n")
-    writer.writerow(["image", "rank", "label", "probability"])
-    for row in rows:
-        for rank, prediction in enumerate(row["predictions"], start=1):
-            writer.writerow([row["image"], rank, prediction["label"], f"{prediction['probability']:.6f}"])
-    write_text(path, table.getvalue())
-    print(f"written: {path}")
 
 
 def explain(args: argparse.Namespace) -> None:

@@ -105,7 +105,10 @@ def bench_latency(
     failed: list[dict[str, Any]] = []
     peaks: dict[str, Any] = {}
     ways = [(runtime, precision) for runtime in runtimes for precision in precisions]
-    pairs = [(c, way) for c in candidates for way in ([None] if c.exported else ways)]
+    # those that are compared take their turns one after the other
+    pairs: list[tuple[Candidate, tuple[str, str] | None]]
+    pairs = [(c, way) for way in ways for c in candidates if not c.exported]
+    pairs += [(c, None) for c in candidates if c.exported]
     with plain_fp32():
         for img_size, batch_size in itertools.product(img_sizes, batch_sizes):
             images = example_images(batch_size, img_size, where)

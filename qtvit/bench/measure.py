@@ -35,7 +35,8 @@ def in_turns(
 ) -> dict[Key, list[float]]:
     """Seconds of each candidate in each of ``rounds``, after ``warmup`` rounds that do not count.
 
-    All take their turn before any has another, so that what else the machine does hits all of them.
+    All take their turn before any has another, so that what else the machine does hits all of them. Every other round
+    goes backwards, so that it does not matter who comes after whom.
 
     Args:
         candidates: what to run, by name.
@@ -48,7 +49,8 @@ def in_turns(
     samples: dict[Key, list[float]] = {name: [] for name in candidates}
     calls = dict.fromkeys(candidates, 1)
     for number in progress(range(warmup + rounds), desc="Measuring", unit="round"):
-        for name, run in candidates.items():
+        order = list(candidates.items())
+        for name, run in order if number % 2 == 0 else reversed(order):
             if calls[name] > 1:
                 run()
             _synchronize(device)

@@ -19,14 +19,17 @@ from .tables import ratio_text, size_text
 
 Result = Mapping[str, Any]
 OURS_COLOR, PEER_COLOR = "tab:red", "grey"
-FAMILY_COLORS = ["tab:blue", "tab:orange", "tab:green", "tab:purple", "tab:brown", "tab:pink", "tab:gray", "tab:olive"]
+FAMILY_COLORS = ["tab:blue", "tab:orange", "tab:green", "tab:purple", "tab:brown", "tab:pink", "tab:olive"]
 FAMILY_COLORS += ["tab:cyan", "navy", "black", "darkgoldenrod", "teal", "limegreen", "indigo"]
 """No reds, which are ours."""
 MARKERS = "os^Dvp"
 
 
 def plot_latency(result: Result, out: Path) -> None:
-    """Bars of the time of a batch with quartiles, a panel for each image size and batch size."""
+    """Bars of the time of a batch with quartiles, a panel for each image and batch size, a colour for each model."""
+    peer = result["settings"]["peer"]
+    others = [name for name in dict.fromkeys(row["model"] for row in result["rows"]) if name != peer]
+    colors = {peer: PEER_COLOR, **dict(zip(others, itertools.cycle((OURS_COLOR, *FAMILY_COLORS)), strict=False))}
     groups: dict[tuple[str, int], list[Any]] = {}
     for row in result["rows"]:
         groups.setdefault((size_text(row["img_size"]), row["batch_size"]), []).append(row)
@@ -40,10 +43,10 @@ def plot_latency(result: Result, out: Path) -> None:
             axes,
             {f"{row['model']}, {row['runtime']} {row['precision']}": row["seconds"] for row in rows},
             [f"{1e3 * row['median_seconds']:.2f}{_peer_note(row['ratio'])}" for row in rows],
-            [PEER_COLOR if row["model"] == result["settings"]["peer"] else OURS_COLOR for row in rows],
+            [colors[row["model"]] for row in rows],
             scale=1e3,
         )
-        axes.set(title=f"{size} px, batch {batch}", xlabel=f"ms (time / {result['settings']['peer']})")
+        axes.set(title=f"{size} px, batch {batch}", xlabel=f"ms (time / {peer})")
     _save(figure, result, out)
 
 
@@ -150,7 +153,7 @@ def _bars(
     places = range(len(values))
     axes.barh(places, middle, color=colors, alpha=0.8, xerr=np.stack([middle - low, high - middle]), error_kw={"lw": 1})
     axes.set_yticks(places, list(values), fontsize=8)
-    axes.invert_yaxis()
+    axes.set_ylim(len(values) - 0.4, -0.6)
     axes.set_xlim(0, 1.35 * high.max())
     for place, end, note in zip(places, high, notes, strict=True):
         axes.text(end, place, f" {note}", va="center", fontsize=8)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from qtvit.checkpoints import ModelInfo
 from qtvit.deploy.artifact import INPUT, Artifact
 from qtvit.deploy.formats import DTYPES, REQUIRED, write
-from qtvit.deploy.runtimes import OPENVINO_CONFIG
+from qtvit.deploy.runtimes import OPENVINO_CONFIG, onnx_options
 from qtvit.errors import unknown_name
 
 Run = Callable[[], Tensor]
@@ -122,9 +122,7 @@ def _save_exported(format: str, model: nn.Module, images: Tensor, path: Path, pr
 def _open_onnx(path: Path, images: Tensor, precision: str) -> Run:
     import onnxruntime
 
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    options.log_severity_level = 3  # errors
+    options = onnx_options(torch.get_num_threads())
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     feed = {INPUT: images.numpy()}
     return lambda: torch.from_numpy(session.run(None, feed)[0])

@@ -6,7 +6,7 @@ from .check import check_data
 from .check_detection import check_detection_data
 from .check_segmentation import check_segmentation_data
 from .classification import DIGITS, ImageDataset, LabelledImages, load_labelled_images, read_split
-from .detection import DetectionData, DetectionDataset, load_detection_data
+from .detection import DetectionData, DetectionDataset, load_detection_data, load_held_out
 from .detection_transforms import DetectionTransform
 from .images import ImageSource, find_images, open_image
 from .masks import MaskClasses
@@ -47,6 +47,7 @@ __all__ = [
     "find_broken",
     "find_images",
     "load_detection_data",
+    "load_held_out",
     "load_labelled_images",
     "load_segmentation_data",
     "open_image",

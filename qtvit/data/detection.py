@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, overload
@@ -228,6 +228,36 @@ def load_detection_data(
     )
 
 
+def load_held_out(
+    data: str,
+    categories: Mapping[int, str],
+    *,
+    annotations: str | Path | None = None,
+    images_dir: str | Path | None = None,
+    use_masks: bool = True,
+) -> DetectionSamples:
+    """The images of val alone, to score a detector on.
+
+    Args:
+        data: as of `load_detection_data`; nothing of train has to be there.
+        categories: names by id of those that the detector knows.
+        annotations: annotation file, if it is elsewhere.
+        images_dir: folder that the file names in it are in, likewise.
+        use_masks: False for boxes alone. Data where not all objects have a mask have boxes alone in any case.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load_detection_data`; or a category that the detector does not know.
+    """
+    root = data_folder(data)
+    file, folder, problems = _read_split(root, "val", _annotations(root, "val", annotations), images_dir)
+    if file is not None and not problems[IN_CATEGORIES]:
+        problems[IN_CATEGORIES] += _category_faults(categories, "what the model was trained on", file)
+    ProblemReport(problems=problems).raise_if_any("qtvit data check --task detect")
+    assert file is not None
+    assert folder is not None
+    return DetectionSamples(file, folder, tuple(categories), use_masks and bool(file.masked.all()))
+
+
 def _choose(samples: DetectionSamples, num_images: int) -> list[int]:
     if not 1 <= num_images <= len(samples):
         raise ValueError(
@@ -267,34 +297,42 @@ def find_splits(
     """
     root = data_folder(data)
     given = {"train": (train_annotations, train_images_dir), "val": (val_annotations, val_images_dir)}
-    paths = {
-        split: find_annotations(root, split, SPLIT_FOLDERS[split]) if path is None else Path(path)
-        for split, (path, _) in given.items()
-    }
     files: dict[str, CocoFile] = {}
     folders: dict[str, Path] = {}
     problems: Problems = {}
+    paths = {split: _annotations(root, split, path) for split, (path, _) in given.items()}
     for split, path in paths.items():
-        file, found = read_coco(path)
+        file, folder, found = _read_split(root, split, path, given[split][1])
         for heading, entries in found.items():
             problems.setdefault(heading, []).extend(entries)
         if file is not None:
             files[split] = file
-            if file.file_names:
-                folder = given[split][1]
-                folders[split] = (
-                    find_images_folder(root, split, SPLIT_FOLDERS[split], file)
-                    if folder is None
-                    else _given_folder(Path(folder))
-                )
-                problems.setdefault(MISSING_IMAGES, []).extend(_missing_images(file, folders[split]))
+        if folder is not None:
+            folders[split] = folder
     if len(files) == 2 and not problems[IN_CATEGORIES]:
-        problems[IN_CATEGORIES] += _category_faults(files["train"], files["val"])
+        problems[IN_CATEGORIES] += _category_faults(files["train"].categories, str(files["train"].path), files["val"])
     has_masks = use_masks and "train" in files and bool(files["train"].masked.any())
     if has_masks:
         for file in files.values():
             problems[IN_MASKS] += _maskless(file)
     return FoundSplits(files, folders, has_masks, problems)
+
+
+def _annotations(root: Path, split: str, given: str | Path | None) -> Path:
+    return find_annotations(root, split, SPLIT_FOLDERS[split]) if given is None else Path(given)
+
+
+def _read_split(
+    root: Path, split: str, path: Path, images_dir: str | Path | None
+) -> tuple[CocoFile | None, Path | None, Problems]:
+    """The annotation file, if it can be read, the folder of its images, if it names some, and what is wrong."""
+    file, problems = read_coco(path)
+    if file is None or not file.file_names:
+        return file, None, problems
+    given = None if images_dir is None else _given_folder(Path(images_dir))
+    folder = given or find_images_folder(root, split, SPLIT_FOLDERS[split], file)
+    problems.setdefault(MISSING_IMAGES, []).extend(_missing_images(file, folder))
+    return file, folder, problems
 
 
 def _given_folder(folder: Path) -> Path:
@@ -317,13 +355,13 @@ def _missing_images(file: CocoFile, folder: Path) -> list[str]:
     return missing
 
 
-def _category_faults(train: CocoFile, val: CocoFile) -> list[str]:
+def _category_faults(known: Mapping[int, str], where: str, val: CocoFile) -> list[str]:
     faults = []
     for number, name in val.categories.items():
-        if number not in train.categories:
-            faults.append(f"{val.path}: category {number} ({name}) is not in {train.path}")
-        elif train.categories[number] != name:
-            faults.append(f"{val.path}: category {number} is {name}, but in {train.path} {train.categories[number]}")
+        if number not in known:
+            faults.append(f"{val.path}: category {number} ({name}) is not in {where}")
+        elif known[number] != name:
+            faults.append(f"{val.path}: category {number} is {name}, but in {where} {known[number]}")
     return faults
 
 

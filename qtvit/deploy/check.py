@@ -32,6 +32,8 @@ FEW = 8
 """Images for each further size and batch that is tried."""
 TURNS, WARMUP = 30, 5
 """How often a file is timed, and how often it runs before."""
+AS_FAST = 1.05
+"""A file that takes so many times as long as another, or less, is called as fast: medians scatter by as much."""
 
 
 @dataclass(frozen=True)
@@ -101,25 +103,26 @@ class Case:
 
 @dataclass(frozen=True)
 class Gain:
-    """A file next to the same network in fp32, in the same runtime.
+    """A file next to others of the same network in the same runtime, by precision; its own first.
 
     Attributes:
-        num_bytes, num_bytes_fp32: sizes.
-        seconds, seconds_fp32: medians of the time for one image.
+        num_bytes: sizes.
+        seconds: medians of the time for one image.
     """
 
-    num_bytes: int
-    num_bytes_fp32: int
-    seconds: float
-    seconds_fp32: float
+    num_bytes: dict[str, int]
+    seconds: dict[str, float]
 
-    def line(self) -> str:
-        """Both in words."""
-        return (
-            f"size: {self.num_bytes / 1e6:.1f} MB, in fp32 {self.num_bytes_fp32 / 1e6:.1f}; "
-            f"one image: {1e3 * self.seconds:.2f} ms, in fp32 {1e3 * self.seconds_fp32:.2f} "
-            f"(medians of {TURNS} turns each)"
-        )
+    def lines(self) -> list[str]:
+        """A table, and which of the others are as fast."""
+        own, *others = self.seconds
+        lines = [f"{'precision':<10}{'size':>11}{'one image':>12}  next to {own} (medians of {TURNS} turns each)"]
+        for name, seconds in self.seconds.items():
+            size = f"{self.num_bytes[name] / 1e6:.1f} MB"
+            lines.append(f"{name:<10}{size:>11}{1e3 * seconds:>9.2f} ms  {seconds / self.seconds[own]:.2f}")
+        if fast := [name for name in others if self.seconds[name] <= AS_FAST * self.seconds[own]]:
+            lines.append(f"on this machine, {' and '.join(fast)} {'is' if len(fast) == 1 else 'are'} as fast as {own}")
+        return lines
 
 
 @dataclass(frozen=True)
@@ -167,7 +170,7 @@ class Report:
         if self.accuracy:
             lines.append(f"top-1: {self.accuracy[1]:.2f} %, of the network {self.accuracy[0]:.2f} %")
         if self.gain:
-            lines.append(self.gain.line())
+            lines += self.gain.lines()
         return lines
 
 

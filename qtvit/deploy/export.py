@@ -16,8 +16,7 @@ from torch import nn
 
 from qtvit.checkpoints import BEST, ModelInfo, find_model_file, load_model
 from qtvit.console import say
-from qtvit.data import ImageSource, Preprocess, find_images, open_image
-from qtvit.data.classification import data_folder
+from qtvit.data import ImageSource, Preprocess, open_image
 from qtvit.errors import unknown_name
 from qtvit.files import open_folder
 from qtvit.models import build_model
@@ -27,10 +26,10 @@ from .artifact import FORMATS, PRECISIONS, Artifact
 from .check import MAX_DROP, Gain, Report, check, synthetic_images, time_in_turns
 from .formats import REQUIRED, write
 from .fuse import fuse
-from .held_out import held_out_samples
+from .held_out import all_images, held_out_samples
 from .predictor import ClassPredictor
 from .quantize import write_int8
-from .runtimes import Exported, open_exported
+from .runtimes import open_exported
 
 RANDOM = "random weights, for timing"
 """The source of a model without trained weights."""
@@ -79,7 +78,8 @@ def export_model(
         precision: one in `PRECISIONS` of the format.
         img_size: (H, W) of the images; None: that of the model's preprocessing.
         dynamic: which of "batch" and "hw" are left open; otherwise batches are of 1 and images of ``img_size``.
-        calibration: folder of images to find the ranges of int8 on, and to check the file on.
+        calibration: folder of images, packed or not, or "digits", to find the ranges of int8 on, and to check the file
+            on.
         data: folder of labelled images, or "digits", as for ``qtvit eval``; checks the accuracy too.
         max_drop: points of accuracy that may be lost on ``data``.
         out: file to write; None: "model" beside the run, or in this folder for a model from elsewhere.
@@ -92,6 +92,8 @@ def export_model(
             then there is no file.
     """
     dynamic = _check_settings(format, precision, dynamic, calibration)
+    if not max_drop >= 0:
+        raise ValueError(f"--max-drop must be 0 or more points, got {max_drop:g}")
     is_random = _is_random(source)
     out = _check_out(Path(out) if out else default_path(source, format, precision), format, force)
     for package in REQUIRED[format] + (("nncf",) if (format, precision) == ("openvino", "int8") else ()):
@@ -108,20 +110,22 @@ def export_model(
 
     fused = fuse(network, None if "hw" in dynamic else artifact.img_size)
     with tempfile.TemporaryDirectory(prefix=".export-", dir=out.parent) as folder:
-        file, plain = Path(folder, "new", out.name), Path(folder, "fp32", out.name)
+        file = Path(folder, "new", out.name)
         file.parent.mkdir()
+        others: dict[str, Path] = {}
         if calibration_images is not None and precision == "int8":
-            plain.parent.mkdir()
-            write(fused, dataclasses.replace(artifact, precision="fp32"), plain)
-            write_int8(
-                plain, file, artifact, network, calibration_images, (images, labels) if labels else None, max_drop
-            )
+            for other in ("fp32", "bf16") if "bf16" in PRECISIONS[format] else ("fp32",):
+                others[other] = Path(folder, other, out.name)
+                others[other].parent.mkdir()
+                write(fused, dataclasses.replace(artifact, precision=other), others[other])
+            labelled = (images, labels) if labels else None
+            write_int8(others["fp32"], file, artifact, network, calibration_images, labelled, max_drop)
         else:
             write(fused, artifact, file)
         exported = open_exported(file, "cpu")
         report = check(predictor.runtime, exported, artifact, images, labels, max_drop)
-        if precision == "int8":
-            report = dataclasses.replace(report, gain=_gain(exported, open_exported(plain, "cpu")))
+        if others:
+            report = dataclasses.replace(report, gain=_gain({precision: file, **others}))
         exported.close()
         if problem := report.problem():
             raise ValueError(
@@ -133,13 +137,14 @@ def export_model(
     return Export([out.with_name(path.name) for path in reversed(written)], artifact, report, which)
 
 
-def _gain(exported: Exported, plain: Exported) -> Gain:
-    """The size and speed of a file next to that in fp32."""
-    pixels = torch.zeros(1, 3, *exported.artifact.img_size)
-    seconds = time_in_turns([exported, plain], pixels)
-    num_bytes = [sum(file.stat().st_size for file in runtime.path.parent.iterdir()) for runtime in (exported, plain)]
-    plain.close()
-    return Gain(num_bytes[0], num_bytes[1], seconds[0], seconds[1])
+def _gain(files: dict[str, Path]) -> Gain:
+    """The sizes and speeds of a network's files, each alone in its folder, by precision."""
+    runtimes = [open_exported(file, "cpu") for file in files.values()]
+    seconds = time_in_turns(runtimes, torch.zeros(1, 3, *runtimes[0].artifact.img_size))
+    for runtime in runtimes:
+        runtime.close()
+    num_bytes = [sum(part.stat().st_size for part in file.parent.iterdir()) for file in files.values()]
+    return Gain(dict(zip(files, num_bytes, strict=True)), dict(zip(files, seconds, strict=True)))
 
 
 def default_path(source: str | Path, format: str, precision: str) -> Path:
@@ -230,10 +235,8 @@ def _random_model(name: str) -> tuple[nn.Module, ModelInfo]:
 
 
 def _calibration_images(folder: str | Path) -> list[ImageSource]:
-    """`NUM_IMAGES` of the images below ``folder``, always the same."""
-    found = find_images(data_folder(str(folder)))
-    if not found:
-        raise ValueError(f"--calibration {folder}: no images in this folder")
+    """`NUM_IMAGES` of the images of ``folder``, always the same."""
+    found = all_images(str(folder))
     return [found[i] for i in _chosen(len(found))]
 
 
@@ -244,7 +247,7 @@ def _check_images(
     if data is not None:
         samples, which = held_out_samples(data, artifact.info)
         chosen = [samples[i] for i in _chosen(len(samples))]
-        part = f"{len(chosen)} of " if len(chosen) < len(samples) else ""
+        part = f"{len(chosen)} images drawn from " if len(chosen) < len(samples) else ""
         return [image for image, _ in chosen], [label for _, label in chosen], f"{part}{which}"
     if calibration is not None:
         return calibration, None, f"{len(calibration)} calibration images"

@@ -20,7 +20,7 @@ class ChannelAffine(nn.Module):
         self.offset = nn.Buffer(offset.unsqueeze(1))
 
     def forward(self, x: Tensor) -> Tensor:
-        return x * self.scale + self.offset
+        return torch.addcmul(self.offset, x, self.scale)
 
 
 @torch.no_grad()

@@ -111,15 +111,28 @@ class Exported(Runtime):
         """The logits of a batch that fits the graph."""
 
 
+def onnx_options(threads: int) -> Any:
+    """How ONNX Runtime is to run a file.
+
+    Its threads would go on turning for a while when their work is done, and slow down what else the process does, such
+    as reading the next images.
+    """
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3  # errors; it warns of what its own optimiser leaves behind
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    return options
+
+
 class OnnxFile(Exported):
     """An .onnx file in ONNX Runtime."""
 
     def _open(self) -> str | None:
         import onnxruntime
 
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = self.threads
-        options.log_severity_level = 3  # errors; it warns of what its own optimiser leaves behind
+        options = onnx_options(self.threads)
         try:
             self.session: Any = onnxruntime.InferenceSession(self.path, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # its errors have no base class of their own

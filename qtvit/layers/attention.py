@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from qtvit.ops import get_kernel, linear_attention, linear_attention_cf, masked_softmax_attention_cf
 
 from .conv import ConvNormAct
-from .eager import conv_norm_act, grouped_pointwise, is_eager_inference, pointwise
+from .eager import conv_norm_act, grouped_pointwise, is_eager_inference, norm_as_affine, pointwise
 from .lean import norm_act
 
 
@@ -113,11 +113,14 @@ class MultiScaleAttention(nn.Module):
         resized: Tensor = self.pos_embed
         if any(isinstance(side, torch.SymInt) for side in size) or size != resized.shape[-2:]:
             resized = F.interpolate(resized, size=size, mode="bicubic", align_corners=False)
-        return resized.flatten(2).unflatten(1, (-1, self.head_dim))
+        # a network in channels-last has made the parameter so, too, but keys are channels-first
+        return resized.contiguous().flatten(2).unflatten(1, (-1, self.head_dim))
 
     def shortcut(self, v: Tensor) -> Tensor:
         """GELU(BN(v)); the statistics over D are shared by all heads. (B, S·heads, D, N), same out."""
         assert self.shortcut_norm is not None
+        if is_eager_inference(v, self, self.shortcut_norm, self.shortcut_act):
+            return self.shortcut_act(norm_as_affine(v.flatten(0, 1), self.shortcut_norm)).unflatten(0, v.shape[:2])
         return norm_act(v.flatten(0, 1), self.shortcut_norm, self.shortcut_act).unflatten(0, v.shape[:2])
 
 

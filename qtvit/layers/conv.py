@@ -57,7 +57,8 @@ class ConvBlock(nn.Sequential):
     def forward(self, x: Tensor) -> Tensor:
         layers: list[Any] = list(self)
         norms = [getattr(layer, "norm", None) for layer in layers]
-        if not is_lean(x, *(norm for norm in norms if norm is not None)):
+        # a block without the last norm is fused, and there is nothing to train
+        if norms[-1] is None or not is_lean(x, *(norm for norm in norms if norm is not None)):
             return super().forward(x)
         x = layers[0].conv(x)
         for layer, norm, following in zip(layers, norms, layers[1:], strict=False):

@@ -59,10 +59,18 @@ def grouped_pointwise(x: Tensor, weight: Tensor, groups: int) -> Tensor:
     return (weight.view(groups, -1, tokens.shape[2]) @ tokens).flatten(1, 2).unflatten(2, x.shape[2:])
 
 
+def norm_as_affine(x: Tensor, norm: Any) -> Tensor:
+    """(B, C, N) through a BatchNorm as one multiplication and addition, which PyTorch's does slowly to views."""
+    if not _is_frozen_norm(norm):
+        return norm(x)
+    scale, offset = fold_norm(torch.ones_like(norm.weight), None, norm)
+    return torch.addcmul(offset.unsqueeze(1), x, scale.unsqueeze(1))
+
+
 def fold_norm(weight: Tensor, bias: Tensor | None, norm: Any) -> tuple[Tensor, Tensor]:
     """The weight (C, …) and bias of a layer, with BatchNorm's running statistics and affine map behind it."""
     scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
-    offset = norm.bias - norm.running_mean * scale
+    offset = torch.addcmul(norm.bias, norm.running_mean, scale, value=-1)
     return weight * scale.view(-1, *[1] * (weight.ndim - 1)), offset if bias is None else offset + bias * scale
 
 
@@ -71,12 +79,14 @@ def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None, channels_last: boo
     matrix, tokens = weight.flatten(1), x.flatten(2)
     if channels_last:
         return F.linear(tokens.mT, matrix, bias).mT.unflatten(2, x.shape[2:])
-    out = matrix.expand(len(x), -1, -1).bmm(tokens)
-    return (out if bias is None else out.add_(bias.unsqueeze(1))).unflatten(2, x.shape[2:])
+    matrices = matrix.expand(len(x), -1, -1)
+    out = matrices.bmm(tokens) if bias is None else torch.baddbmm(bias.unsqueeze(1), matrices, tokens)
+    return out.unflatten(2, x.shape[2:])
 
 
-def _is_frozen_norm(module: nn.Module) -> bool:
-    return type(module) is nn.BatchNorm2d and not module.training and module.running_var is not None and module.affine
+def _is_frozen_norm(module: Any) -> bool:
+    is_norm = type(module) in (nn.BatchNorm1d, nn.BatchNorm2d)
+    return is_norm and not module.training and module.running_var is not None and bool(module.affine)
 
 
 def _is_plain(module: nn.Module) -> bool:

@@ -222,9 +222,7 @@ def plot_found(evaluation: DetectionEvaluation, samples: DetectionSamples, out: 
         for what, objects in zip(("to find", "found"), pair, strict=True):
             picture = draw_detections(image, objects, evaluation.classes)
             tiles.append(Tile(thumbnail(picture, SIDE), [f"{what}: {len(objects)}", sample.image.name]))
-    title = (
-        f"{len(chosen)} of {len(samples)} images: what is to be found, and what was (score from {SCORE_THRESHOLD})"
-    )
+    title = f"{len(chosen)} of {len(samples)} images: what is to be found, and what was (score from {SCORE_THRESHOLD})"
     contact_sheet(tiles, title, side=SIDE, max_columns=4).save(out)
 
 

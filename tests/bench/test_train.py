@@ -11,11 +11,11 @@ from qtvit.bench.train import bytes_kept
 from qtvit_cli import main
 
 
-def test_candidates_take_turns_and_warm_up() -> None:
+def test_candidates_take_turns_in_both_orders_and_warm_up() -> None:
     calls: list[str] = []
     candidates = {name: lambda name=name: calls.append(name) for name in "ab"}
     samples = in_turns(candidates, device=torch.device("cpu"), rounds=3, warmup=1)
-    assert "".join(calls) == "abababab"
+    assert "".join(calls) == "abbaabba"
     assert [len(seconds) for seconds in samples.values()] == [3, 3]
 
 

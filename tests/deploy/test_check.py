@@ -89,9 +89,22 @@ def test_accuracy_may_drop_by_so_much() -> None:
     worse = dataclasses.replace(report, accuracy=(90.0, 88.5))
     assert worse.problem() == "its top-1 is 88.50 %, 1.50 points below the network's; allowed are 1"
     assert dataclasses.replace(worse, max_drop=2).problem() is None
-    gain = Gain(1_000_000, 4_000_000, 0.002, 0.003)
-    assert dataclasses.replace(report, gain=gain).lines()[-1] == (
-        "size: 1.0 MB, in fp32 4.0; one image: 2.00 ms, in fp32 3.00 (medians of 30 turns each)"
+
+
+def test_what_a_precision_brings() -> None:
+    gain = Gain({"int8": 1_000_000, "fp32": 4_000_000}, {"int8": 0.002, "fp32": 0.003})
+    report = Report("int8", [Case.compare((8, 8), 1, SURE, SURE)], gain=gain)
+    assert report.lines()[-3:] == [
+        "precision        size   one image  next to int8 (medians of 30 turns each)",
+        "int8           1.0 MB     2.00 ms  1.00",
+        "fp32           4.0 MB     3.00 ms  1.50",
+    ]
+    sizes = dict.fromkeys(("int8", "fp32", "bf16"), 1)
+    assert Gain(sizes, {"int8": 0.1, "fp32": 0.2, "bf16": 0.105}).lines()[-1] == (
+        "on this machine, bf16 is as fast as int8"
+    )
+    assert Gain(sizes, {"int8": 0.1, "fp32": 0.05, "bf16": 0.1}).lines()[-1] == (
+        "on this machine, fp32 and bf16 are as fast as int8"
     )
 
 

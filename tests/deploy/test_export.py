@@ -251,7 +251,13 @@ def test_commands_take_the_file(
     top1 = re.search(r"top-1: (\d+\.\d\d) %, of the network (\d+\.\d\d) %", out)
     assert top1
     assert top1[1] == top1[2]
-    assert main(["eval", "small.onnx", "--data", str(photos), "--num-workers", "0", "--json", "scores.json"]) == 0
+    evaluation = ["eval", "small.onnx", "--data", str(photos), "--num-workers", "0", "--json", "scores.json"]
+    threads = torch.get_num_threads()
+    try:
+        assert main([*evaluation, "--threads", "3"]) == 0
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(threads)
     assert json.loads(Path("scores.json").read_text())["top1"] == pytest.approx(float(top1[1]), abs=0.01)
     folder = str(photos)
     assert main(["predict", "small.onnx", folder, "--threads", "1", "--batch-size", "5", "--json", "few.json"]) == 0
@@ -306,8 +312,10 @@ def test_where_it_is_written(source: str, expected: str, tmp_path: Path, monkeyp
         ("run --dynamic width", "unknown dynamic axis 'width'; known: batch, hw"),
         ("run --precision int8", "--precision int8 needs --calibration, a folder of typical images"),
         ("run --precision int8 --calibration . --dynamic hw", "are measured at one image size and do not hold at oth"),
-        ("run --calibration empty", "--calibration empty: no images in this folder"),
+        ("run --calibration empty", "empty: no images in this folder"),
         ("run --calibration none", "none: no such folder"),
+        ("run --max-drop -1", "--max-drop must be 0 or more points, got -1"),
+        ("run --max-drop nan", "--max-drop must be 0 or more points, got nan"),
         ("run --out model.pt", "model.pt: a file of --format onnx has to end in .onnx"),
         ("run --format openvino --out folder.xml", "folder.bin: is a folder"),
         ("run --img-size 1", "--img-size 1x1 is below the network's minimum of 2 px, its largest stride"),

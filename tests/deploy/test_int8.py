@@ -8,6 +8,7 @@ import openvino
 import pytest
 
 import qtvit
+from qtvit.data import pack_folder
 from qtvit.deploy import check as check_module
 from qtvit.deploy.export import export_model
 from qtvit_cli import main
@@ -19,9 +20,8 @@ def test_onnx(tiny_run: Path, photos: Path, capsys: pytest.CaptureFixture[str]) 
     out = capsys.readouterr().out
     assert "quantizing with 12 images" in out
     assert "checked next to the model on 12 calibration images:" in out
-    assert re.search(
-        r"^size: \d\.\d MB, in fp32 \d\.\d; one image: [\d.]+ ms, in fp32 [\d.]+ \(medians", out, re.MULTILINE
-    )
+    for precision in ("int8", "fp32"):
+        assert re.search(rf"^{precision} +\d\.\d MB +[\d.]+ ms  [\d.]+$", out, re.MULTILINE)
     file = tiny_run / "model-int8.onnx"
     assert [path for path in tiny_run.iterdir() if path.name.startswith(".")] == []
     graph = onnx.load(file).graph
@@ -46,13 +46,20 @@ def test_onnx(tiny_run: Path, photos: Path, capsys: pytest.CaptureFixture[str]) 
     assert list(with_weights.values()).count("INT8") >= 8
 
 
-def test_openvino_with_labelled_images(tiny_run: Path, photos: Path) -> None:
+def test_openvino_with_labelled_images(tiny_run: Path, photos: Path, tmp_path: Path) -> None:
+    packed = tmp_path / "packed"
+    pack_folder(photos, packed)
     done = export_model(
-        tiny_run, format="openvino", precision="int8", calibration=photos, data=str(photos), max_drop=20
+        tiny_run, format="openvino", precision="int8", calibration=packed, data=str(packed), max_drop=20
     )
     assert done.report.accuracy is not None
     assert done.report.accuracy[0] - done.report.accuracy[1] <= 20
     assert {path.name for path in done.files} == {"model-int8.xml", "model-int8.bin"}
+    assert done.report.gain is not None
+    sizes = done.report.gain.num_bytes
+    assert list(done.report.gain.seconds) == list(sizes) == ["int8", "fp32", "bf16"]
+    assert sizes["int8"] == sum(path.stat().st_size for path in done.files)
+    assert sizes["bf16"] < sizes["fp32"]
     model = openvino.Core().read_model(done.files[0])
     quantized = {
         user.get_node().get_friendly_name()

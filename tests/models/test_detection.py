@@ -93,12 +93,11 @@ def test_every_parameter_learns(kind: str, family: str, build: Any, randomize: A
         assert parameter.grad.abs().sum() > 0, name
 
 
-@pytest.mark.parametrize("kind", ["mask", "cascade"])
-def test_overfits_two_rectangles(kind: str, build: Any, randomize: Any) -> None:
-    image, target = scene()
-    detector = build("nano", **KINDS[kind], fpn_chans=32, box_dim=64).train()
+def test_overfits_two_rectangles(build: Any, randomize: Any) -> None:
+    image, target = scene(48, 64)
+    detector = build("nano", cascade=True, min_size=48, max_size=64, box_dim=64).train()
     randomize(detector.body)
-    optimizer = torch.optim.AdamW(detector.parameters(), lr=3e-3)
+    optimizer = torch.optim.AdamW(detector.parameters(), lr=5e-3)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.05, total_iters=60)
     for _ in range(60):
         optimizer.zero_grad()

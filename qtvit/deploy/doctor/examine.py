@@ -13,14 +13,13 @@ from torch import nn
 
 from qtvit import console
 from qtvit.checkpoints import load_model
-from qtvit.data import DIGITS, ImageSource, Preprocess, find_images, load_labelled_images, open_image
-from qtvit.data.classification import data_folder
-from qtvit.data.shards import is_packed, read_index
+from qtvit.data import ImageSource, Preprocess, open_image
 from qtvit.device import resolve_device
 from qtvit.models import build_model
 from qtvit.models.build import check_img_size
 
 from ..artifact import format_of
+from ..held_out import all_images
 from ..predictor import ClassPredictor
 from .report import Report
 from .runs import run_all
@@ -120,24 +119,8 @@ def _default_preprocess(network: Any) -> Preprocess:
 
 def _pick(data: str | Path | Sequence[ImageSource], num_images: int) -> list[ImageSource]:
     """``num_images`` of the images, evenly from all over the folder, or all if there are no more."""
-    found: Sequence[ImageSource]
-    if not isinstance(data, (str, Path)):
-        found = data
-    elif str(data) == DIGITS:
-        found = [image for image, _ in load_labelled_images(DIGITS).val]
-    else:
-        root = data_folder(str(data))
-        found = _packed_images(root) if is_packed(root) else find_images(root)
+    found = all_images(str(data)) if isinstance(data, (str, Path)) else data
     if not found:
-        raise ValueError(f"{data}: no images in this folder" if isinstance(data, (str, Path)) else "no images given")
+        raise ValueError("no images given")
     count = min(num_images, len(found))
     return [found[i * len(found) // count] for i in range(count)]
-
-
-def _packed_images(root: Path) -> list[ImageSource]:
-    images: list[ImageSource] = []
-    for split in read_index(root).splits.values():
-        if damage := split.damage(root):
-            raise damage[0]
-        images += split.sources(root)
-    return images
