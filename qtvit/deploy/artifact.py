@@ -13,7 +13,9 @@ METADATA_KEY = "qtvit"
 """Name of the description in a file: in ONNX's metadata_props, OpenVINO's rt_info, the extra files of a .pt2."""
 
 INPUT, OUTPUT = "images", "logits"
-"""Names of the graph's input, (B, 3, H, W) normalised pixels in fp32, and output, (B, num_classes) in fp32."""
+"""Names of the graph's input, (B, 3, H, W) normalised pixels in fp32, and output, (B, num_classes) in fp32; of a
+segmentation (B, num_classes, H, W).
+"""
 
 FORMATS = {"onnx": ".onnx", "openvino": ".xml", "torch": ".pt2"}
 """Formats of exported files, with the ending of each; OpenVINO's weights lie beside the .xml in a .bin."""

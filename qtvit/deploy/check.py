@@ -46,7 +46,7 @@ class Case:
         num_images: in all.
         max_diff, mean_diff: absolute difference of the logits; infinite if the file's are not finite.
         scale: the network's largest logit, absolutely.
-        num_clear: images that are not ties.
+        num_clear: images, or of a segmentation pixels, that are not ties.
         num_agreeing: those of them that get the same class.
     """
 
@@ -61,7 +61,9 @@ class Case:
 
     @classmethod
     def compare(cls, img_size: tuple[int, int], batch_size: int, expected: Tensor, found: Tensor) -> "Case":
-        """From the logits of the network and the file, each (B, num_classes)."""
+        """From the logits of the network and the file, each (B, num_classes), or (B, num_classes, H, W): of pixels."""
+        num_images = len(expected)
+        expected, found = (logits.movedim(1, -1).flatten(0, -2) for logits in (expected, found))
         diff = (found - expected).abs().nan_to_num(torch.inf, torch.inf)
         best = expected.topk(min(2, expected.shape[-1])).values
         scale = float(expected.abs().max())
@@ -70,7 +72,7 @@ class Case:
         return cls(
             img_size,
             batch_size,
-            len(expected),
+            num_images,
             float(diff.max()),
             float(diff.mean()),
             scale,

@@ -38,7 +38,7 @@ REQUIRED = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "openvino": ("onnx", 
 
 
 class Graph(nn.Module):
-    """The network with fp32 in and out, whatever its own precision: (B, 3, H, W) pixels to (B, num_classes) logits."""
+    """The network with fp32 in and out, whatever its own precision: (B, 3, H, W) pixels to its logits."""
 
     def __init__(self, network: nn.Module, dtype: torch.dtype) -> None:
         super().__init__()

@@ -20,7 +20,8 @@ OPENVINO_CONFIG = {"EXECUTION_MODE_HINT": "ACCURACY", "PERFORMANCE_HINT": "LATEN
 
 
 class Runtime(ABC):
-    """A network that maps normalised pixels, (B, 3, H, W) in fp32, to logits, (B, num_classes) in fp32.
+    """A network that maps normalised pixels, (B, 3, H, W) in fp32, to logits, (B, num_classes) or for each pixel
+    (B, num_classes, H, W), in fp32.
 
     Attributes:
         device: where pixels are expected, and logits come from.

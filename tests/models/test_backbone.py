@@ -1,0 +1,103 @@
+"""Backbones of dense tasks, and the weights of classifiers in them."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+
+from qtvit.models import ARCHITECTURES, Architecture, build_model
+from qtvit.models.backbone import build_backbone, load_backbone
+from qtvit.models.foreign import released_name
+
+Randomize = Callable[[nn.Module, int], nn.Module]
+OTHER = "test_resnet"
+"""A model of timm's whose names change when it yields features; it has a stem besides its stages."""
+
+
+@pytest.fixture(autouse=True)
+def _tiny(tiny_architectures: Mapping[str, Architecture], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(ARCHITECTURES, "qtvit_1", tiny_architectures["b"])
+
+
+@pytest.fixture
+def classifier(randomize: Randomize) -> Any:
+    return randomize(build_model("qtvit_1", num_classes=5), 0).eval()
+
+
+def pixels(*size: int) -> Tensor:
+    return torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(0))
+
+
+def assert_same_maps(backbone: nn.Module, classifier: Any, x: Tensor) -> None:
+    """The backbone's maps are bit for bit those of the classifier's stages."""
+    with torch.no_grad():
+        want = classifier.forward_intermediates(x, intermediates_only=True)
+        for ours, stage in zip(backbone.eval()(x), want, strict=True):
+            assert torch.equal(ours, stage)
+
+
+@pytest.mark.parametrize("model_args", [None, {"num_classes": 7, "global_pool": "avg"}], ids=str)
+def test_weights_of_a_classifier(classifier: Any, model_args: dict[str, Any] | None) -> None:
+    backbone: Any = build_backbone("qtvit_1", model_args)
+    assert backbone.feature_info.channels() == [8, 16, 16, 24, 32]
+    assert backbone.feature_info.reduction() == [2, 4, 8, 16, 32]
+    assert not any("head" in name for name in backbone.state_dict())
+    load_backbone(backbone, classifier.state_dict())
+    for size in [(224, 224), (97, 211)]:
+        assert_same_maps(backbone, classifier, pixels(*size))
+    again = build_backbone("qtvit_1")
+    load_backbone(again, backbone.state_dict())
+    assert_same_maps(again, classifier, pixels(64, 32))
+
+
+def test_weights_with_the_names_of_the_release(classifier: Any) -> None:
+    cfg = ARCHITECTURES["qtvit_1"]
+    backbone = build_backbone("qtvit_1")
+    load_backbone(backbone, {released_name(key, cfg): value for key, value in classifier.state_dict().items()})
+    assert_same_maps(backbone, classifier, pixels(64, 96))
+
+
+def test_positional_maps_are_resized(classifier: Any) -> None:
+    backbone: Any = build_backbone("qtvit_1", {"img_size": (64, 96)})
+    load_backbone(backbone, classifier.state_dict())
+    assert backbone.model.stages[3][1].attn.pos_embed.shape[-2:] == (4, 6)
+    assert_same_maps(backbone, classifier, pixels(64, 96))
+
+
+def test_weights_of_another_model(randomize: Randomize) -> None:
+    classifier: Any = randomize(timm.create_model(OTHER, num_classes=4), 0).eval()
+    backbone: Any = build_backbone(OTHER)
+    load_backbone(backbone, classifier.state_dict())
+    x = pixels(64, 64)
+    with torch.no_grad():
+        assert torch.equal(backbone.eval()(x)[-1], classifier.forward_features(x))
+
+
+def test_weights_that_do_not_fit(classifier: Any) -> None:
+    backbone = build_backbone("qtvit_1")
+    state = classifier.state_dict()
+    before = {name: value.clone() for name, value in backbone.state_dict().items()}
+    missing = {name: value for name, value in state.items() if name != "stages.1.0.depth_conv.conv.weight"}
+    with pytest.raises(
+        ValueError, match=r"do not fit the backbone: stages\.1\.0\.depth_conv\.conv\.weight is missing$"
+    ):
+        load_backbone(backbone, missing)
+    with pytest.raises(ValueError, match=r"do not fit the backbone: neck\.weight is not of this model$"):
+        load_backbone(backbone, {**state, "neck.weight": torch.zeros(1)})
+    with pytest.raises(ValueError, match=r"stages\.0\.0\.norm\.bias has shape \(9,\), not \(8,\)$"):
+        load_backbone(backbone, {**state, "stages.0.0.norm.bias": torch.zeros(9)})
+    with pytest.raises(ValueError, match="weights of a model with another kernel than taylor2"):
+        load_backbone(backbone, build_model("qtvit_1", kernel="relu").state_dict())
+    with pytest.raises(ValueError, match=r"is missing, .* is missing and \d+ more$"):
+        load_backbone(build_backbone(OTHER), state)
+    assert all(torch.equal(value, before[name]) for name, value in backbone.state_dict().items())
+
+
+def test_unknown_models_and_arguments() -> None:
+    with pytest.raises(ValueError, match="unknown model 'qtvit_11'; did you mean qtvit_1"):
+        build_backbone("qtvit_11")
+    with pytest.raises(ValueError, match=r"model qtvit_1 cannot be built .*droput"):
+        build_backbone("qtvit_1", {"droput": 0.1})
