@@ -10,6 +10,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from .broken import for_each_image
 from .check_segmentation import check_before_training, resolve_classes, size_mismatch
 from .classification import data_folder
 from .images import file_size, open_image
@@ -156,3 +157,14 @@ def choose_samples(samples: Sequence[SegmentationSample], num_images: int | None
         )
     ranked = sorted(range(len(samples)), key=lambda i: hashlib.sha256(samples[i].name.encode()).digest())
     return [samples[i] for i in sorted(ranked[:num_images])]
+
+
+def count_pixels(data: SegmentationData, num_threads: int = 8) -> Tensor:
+    """(C,) pixels of each class in the masks of ``data.train``, which are all read; errors as `MaskClasses.read`."""
+
+    def count(sample: SegmentationSample) -> np.ndarray:
+        labels = data.mask_classes.read(sample.mask)
+        return np.bincount(labels[labels != data.ignore_index], minlength=len(data.classes))
+
+    counts = for_each_image(count, data.train, num_threads)
+    return torch.from_numpy(sum(counts, np.zeros(len(data.classes), np.int64)))
