@@ -1,7 +1,7 @@
 """Segmentation of images of any size in bounded memory: in windows that blend into each other."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import torch
@@ -65,8 +65,13 @@ def sliding_window(
     if fixed_size:
         image = F.pad(image, (0, max(window[1] - width, 0), 0, max(window[0] - height, 0)))
     size = min(window[0], image.shape[1]), min(window[1], image.shape[2])
-    labels, scores = _blend(run, image, num_classes, size, overlap, batch_size)
-    return labels[:height, :width], scores[:height, :width]
+    blend = _Blend(image, num_classes, size, overlap)
+    for y in blend.tops:
+        for first in range(0, len(blend.lefts), batch_size):
+            lefts = blend.lefts[first : first + batch_size]
+            windows = torch.stack([image[:, y : y + size[0], x : x + size[1]] for x in lefts])
+            blend.add(run(windows), y, lefts)
+    return blend.labels[:height, :width], blend.scores[:height, :width]
 
 
 def resized_labels(logits: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
@@ -81,67 +86,65 @@ def resized_labels(logits: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tenso
     return labels, scores
 
 
-def _blend(
-    run: Callable[[Tensor], Tensor],
-    image: Tensor,
-    num_classes: int,
-    size: tuple[int, int],
-    overlap: float,
-    batch_size: int,
-) -> tuple[Tensor, Tensor]:
-    """As `sliding_window`, for an image that is not smaller than a window of ``size``.
+class _Blend:
+    """Sums of the weighted logits of windows, which come row by row, from left to right.
 
-    Windows come row by row, from left to right, and each in bands of rows. Weighted logits are summed up where windows
-    overlap: ``beside`` are the sums that the next window goes on with, ``below`` those for the next row of windows.
-    Both are overwritten where they have been used. All other sums are finished.
+    ``beside`` are the sums that the next window goes on with, ``below`` those for the next row of windows. Both are
+    overwritten where they have been used. All other sums are finished, and only their classes and probabilities kept.
+
+    Args:
+        image: (3, H, W), not smaller than a window.
+        num_classes: C.
+        size: (h, w) of the windows.
+        overlap: of neighbours, at least.
+
+    Attributes:
+        tops, lefts: where windows start.
+        labels, scores: the result.
     """
-    height, width = size
-    tops, lefts = (_starts(length, side, overlap) for length, side in zip(image.shape[1:], size, strict=True))
-    weights_y, weights_x = (_weights(*along).to(image.device) for along in ((tops, height), (lefts, width)))
-    steps_y, steps_x = _steps(tops, height), _steps(lefts, width)
-    labels, scores = _results(num_classes, (image.shape[1], image.shape[2]), image.device)
-    beside = torch.empty((num_classes, height, width - min(steps_x)), device=image.device)
-    below = torch.empty((num_classes, height - min(steps_y), image.shape[2]), device=image.device)
-    num_below = 0
-    for y, step_y, weight_y in zip(tops, steps_y, weights_y, strict=True):
-        num_beside = 0
-        windows = _logits(run, image, num_classes, y, lefts, size, batch_size)
-        for logits, x, step_x, weight_x in zip(windows, lefts, steps_x, weights_x, strict=True):
-            here = slice(x, x + step_x)
-            for top, bottom in (*_bands(0, step_y), *_bands(step_y, height)):
-                sums = _resized_rows(logits, size, top, bottom) * (weight_y[top:bottom, None] * weight_x)
-                sums[:, :, :num_beside] += beside[:, top:bottom, :num_beside]
-                num_used = max(min(bottom, num_below) - top, 0)
-                sums[:, :num_used, num_beside:] += below[:, top : top + num_used, x + num_beside : x + width]
-                beside[:, top:bottom, : width - step_x] = sums[:, :, step_x:]
-                finished = sums[:, :, :step_x]
-                if bottom <= step_y:
-                    rows = slice(y + top, y + bottom)
-                    labels[rows, here], scores[rows, here] = _most_probable(finished)
-                else:
-                    below[:, top - step_y : bottom - step_y, here] = finished
-            num_beside = width - step_x
-        num_below = height - step_y
-    return labels, scores
 
+    def __init__(self, image: Tensor, num_classes: int, size: tuple[int, int], overlap: float) -> None:
+        height, width = image.shape[1:]
+        self.num_classes = num_classes
+        self.size = size
+        self.tops, self.lefts = _starts(height, size[0], overlap), _starts(width, size[1], overlap)
+        self.weights_y = _weights(self.tops, size[0], image.device)
+        self.weights_x = _weights(self.lefts, size[1], image.device)
+        self.steps_y, self.steps_x = _steps(self.tops, size[0]), _steps(self.lefts, size[1])
+        self.labels, self.scores = _results(num_classes, (height, width), image.device)
+        rows_below, columns_beside = size[0] - min(self.steps_y.values()), size[1] - min(self.steps_x.values())
+        self.beside = torch.empty((num_classes, size[0], columns_beside), device=image.device)
+        self.below = torch.empty((num_classes, rows_below, width), device=image.device)
+        self.num_beside = self.num_below = 0
 
-def _logits(
-    run: Callable[[Tensor], Tensor],
-    image: Tensor,
-    num_classes: int,
-    top: int,
-    lefts: list[int],
-    size: tuple[int, int],
-    batch_size: int,
-) -> Iterator[Tensor]:
-    """The (C, h', w') logits of each window of a row of windows."""
-    height, width = size
-    for first in range(0, len(lefts), batch_size):
-        windows = [image[:, top : top + height, left : left + width] for left in lefts[first : first + batch_size]]
-        logits = run(torch.stack(windows))
-        if logits.shape[:2] != (len(windows), num_classes):
-            raise ValueError(f"expected logits of shape ({len(windows)}, {num_classes}, h, w), got {(*logits.shape,)}")
-        yield from logits
+    def add(self, batch: Tensor, y: int, lefts: Sequence[int]) -> None:
+        """The (B, C, h', w') logits of the next windows, which start in row ``y`` and columns ``lefts``."""
+        if batch.shape[:2] != (len(lefts), self.num_classes):
+            expected = f"({len(lefts)}, {self.num_classes}, h, w)"
+            raise ValueError(f"expected logits of shape {expected}, got {(*batch.shape,)}")
+        for logits, x in zip(batch, lefts, strict=True):
+            for top, bottom in (*_bands(0, self.steps_y[y]), *_bands(self.steps_y[y], self.size[0])):
+                self._add_rows(logits, y, x, top, bottom)
+            self.num_beside = self.size[1] - self.steps_x[x]
+        if x == self.lefts[-1]:
+            self.num_below = self.size[0] - self.steps_y[y]
+
+    def _add_rows(self, logits: Tensor, y: int, x: int, top: int, bottom: int) -> None:
+        """Rows ``top`` to ``bottom`` of the window at (``y``, ``x``)."""
+        step_y, step_x, width = self.steps_y[y], self.steps_x[x], self.size[1]
+        sums = _resized_rows(logits, self.size, top, bottom)
+        sums = sums * (self.weights_y[y][top:bottom, None] * self.weights_x[x])
+        sums[:, :, : self.num_beside] += self.beside[:, top:bottom, : self.num_beside]
+        num_used = max(min(bottom, self.num_below) - top, 0)
+        unseen = slice(x + self.num_beside, x + width)
+        sums[:, :num_used, self.num_beside :] += self.below[:, top : top + num_used, unseen]
+        self.beside[:, top:bottom, : width - step_x] = sums[:, :, step_x:]
+        finished, here = sums[:, :, :step_x], slice(x, x + step_x)
+        if bottom <= step_y:
+            rows = slice(y + top, y + bottom)
+            self.labels[rows, here], self.scores[rows, here] = _most_probable(finished)
+        else:
+            self.below[:, top - step_y : bottom - step_y, here] = finished
 
 
 def _resized_rows(logits: Tensor, size: tuple[int, int], top: int, bottom: int) -> Tensor:
@@ -169,18 +172,18 @@ def _starts(length: int, size: int, overlap: float) -> list[int]:
     return [round(i * last / max(num_windows - 1, 1)) for i in range(num_windows)]
 
 
-def _steps(starts: list[int], size: int) -> list[int]:
-    """How many pixels of each window no later one starts before: to the next one's start, or all of the last one."""
-    return [after - start for start, after in pairwise([*starts, starts[-1] + size])]
+def _steps(starts: list[int], size: int) -> dict[int, int]:
+    """By start, how many pixels of a window no later one sees: up to the next one's start, or all of the last one."""
+    return {start: after - start for start, after in pairwise([*starts, starts[-1] + size])}
 
 
-def _weights(starts: list[int], size: int) -> Tensor:
-    """(N, size) weights of the pixels of N windows along one side: they sum to 1 at each pixel of the image."""
+def _weights(starts: list[int], size: int, device: torch.device) -> dict[int, Tensor]:
+    """By start, the weights of a window's pixels along one side: they sum to 1 at each pixel of the image."""
     tent = torch.minimum(torch.arange(size), torch.arange(size - 1, -1, -1)) + 0.5
     total = torch.zeros(starts[-1] + size)
     for start in starts:
         total[start : start + size] += tent
-    return torch.stack([tent / total[start : start + size] for start in starts])
+    return {start: (tent / total[start : start + size]).to(device) for start in starts}
 
 
 def _most_probable(logits: Tensor) -> tuple[Tensor, Tensor]:
