@@ -1,15 +1,15 @@
 """Segmentation of images of any size in bounded memory: in windows that blend into each other."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-BAND = 64
-"""Rows of an image that are resized at a time."""
+BAND = 16
+"""Rows of a window that are looked at together: few, so that they stay in the processor's cache."""
 
 
 @torch.inference_mode()
@@ -29,11 +29,12 @@ def sliding_window(
     averaged; the weight of a window falls linearly to its edges, and weights sum to 1 at each pixel. If one window
     covers the image, the result is that of the network on the whole image.
 
-    Of the logits, only the parts that a later window overlaps are kept: for C classes, C·h·w numbers for each window
-    of the batch, and C·(overlapping rows)·W of the image.
+    Of the logits, only those that a later window overlaps are kept: for C classes, a batch of windows as ``run``
+    returns it, C·(overlapping rows)·W numbers and C·h·(overlapping columns). No tensor has C·H·W.
 
     Args:
-        run: (B, 3, h, w) -> (B, C, h', w') logits, of the window's size or smaller: they are resized to it.
+        run: (B, 3, h, w) -> (B, C, h', w') logits on the image's device. If they are not of the window's size, they
+            are resized to it; those as small as the network makes them take the least memory.
         image: (3, H, W) or (B, 3, H, W), normalised.
         num_classes: C.
         window: (h, w) of the windows; smaller ones are used for smaller images, but see ``fixed_size``.
@@ -63,20 +64,14 @@ def sliding_window(
     height, width = image.shape[1:]
     if fixed_size:
         image = F.pad(image, (0, max(window[1] - width, 0), 0, max(window[0] - height, 0)))
-    padded_h, padded_w = image.shape[1:]
-    size = min(window[0], padded_h), min(window[1], padded_w)
-
-    def logits_of(windows: Tensor) -> Tensor:
-        logits = run(windows)
-        if logits.shape[:2] != (len(windows), num_classes):
-            raise ValueError(f"expected logits of shape ({len(windows)}, {num_classes}, h, w), got {(*logits.shape,)}")
-        return logits
-
-    if size == (padded_h, padded_w):
-        labels, scores = resized_labels(logits_of(image[None])[0], size)
-    else:
-        labels, scores = _blend(logits_of, image, num_classes, size, overlap, batch_size)
-    return labels[:height, :width], scores[:height, :width]
+    size = min(window[0], image.shape[1]), min(window[1], image.shape[2])
+    blend = _Blend(image, num_classes, size, overlap)
+    for y in blend.tops:
+        for first in range(0, len(blend.lefts), batch_size):
+            lefts = blend.lefts[first : first + batch_size]
+            windows = torch.stack([image[:, y : y + size[0], x : x + size[1]] for x in lefts])
+            blend.add(run(windows), y, lefts)
+    return blend.labels[:height, :width], blend.scores[:height, :width]
 
 
 def resized_labels(logits: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
@@ -85,79 +80,88 @@ def resized_labels(logits: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tenso
     As ``F.interpolate(logits, size, mode="bilinear")`` has it, but in bands of rows, so that no (C, H, W) tensor is
     made. Types as those of `sliding_window`.
     """
-    num_classes, height, _ = logits.shape
-    labels = torch.empty(size, dtype=_label_type(num_classes), device=logits.device)
-    scores = torch.empty(size, dtype=torch.float32, device=logits.device)
-    source = ((torch.arange(size[0], device=logits.device) + 0.5) * (height / size[0]) - 0.5).clamp_min(0)
+    labels, scores = _results(len(logits), size, logits.device)
+    for top, bottom in _bands(0, size[0]):
+        labels[top:bottom], scores[top:bottom] = _most_probable(_resized_rows(logits, size, top, bottom))
+    return labels, scores
+
+
+class _Blend:
+    """Sums of the weighted logits of windows, which come row by row, from left to right.
+
+    ``beside`` are the sums that the next window goes on with, ``below`` those for the next row of windows. Both are
+    overwritten where they have been used. All other sums are finished, and only their classes and probabilities kept.
+
+    Args:
+        image: (3, H, W), not smaller than a window.
+        num_classes: C.
+        size: (h, w) of the windows.
+        overlap: of neighbours, at least.
+
+    Attributes:
+        tops, lefts: where windows start.
+        labels, scores: the result.
+    """
+
+    def __init__(self, image: Tensor, num_classes: int, size: tuple[int, int], overlap: float) -> None:
+        height, width = image.shape[1:]
+        self.num_classes = num_classes
+        self.size = size
+        self.tops, self.lefts = _starts(height, size[0], overlap), _starts(width, size[1], overlap)
+        self.weights_y = _weights(self.tops, size[0], image.device)
+        self.weights_x = _weights(self.lefts, size[1], image.device)
+        self.steps_y, self.steps_x = _steps(self.tops, size[0]), _steps(self.lefts, size[1])
+        self.labels, self.scores = _results(num_classes, (height, width), image.device)
+        rows_below, columns_beside = size[0] - min(self.steps_y.values()), size[1] - min(self.steps_x.values())
+        self.beside = torch.empty((num_classes, size[0], columns_beside), device=image.device)
+        self.below = torch.empty((num_classes, rows_below, width), device=image.device)
+        self.num_beside = self.num_below = 0
+
+    def add(self, batch: Tensor, y: int, lefts: Sequence[int]) -> None:
+        """The (B, C, h', w') logits of the next windows, which start in row ``y`` and columns ``lefts``."""
+        if batch.shape[:2] != (len(lefts), self.num_classes):
+            expected = f"({len(lefts)}, {self.num_classes}, h, w)"
+            raise ValueError(f"expected logits of shape {expected}, got {(*batch.shape,)}")
+        for logits, x in zip(batch, lefts, strict=True):
+            for top, bottom in (*_bands(0, self.steps_y[y]), *_bands(self.steps_y[y], self.size[0])):
+                self._add_rows(logits, y, x, top, bottom)
+            self.num_beside = self.size[1] - self.steps_x[x]
+        if x == self.lefts[-1]:
+            self.num_below = self.size[0] - self.steps_y[y]
+
+    def _add_rows(self, logits: Tensor, y: int, x: int, top: int, bottom: int) -> None:
+        """Rows ``top`` to ``bottom`` of the window at (``y``, ``x``)."""
+        step_y, step_x, width = self.steps_y[y], self.steps_x[x], self.size[1]
+        sums = _resized_rows(logits, self.size, top, bottom)
+        sums = sums * (self.weights_y[y][top:bottom, None] * self.weights_x[x])
+        sums[:, :, : self.num_beside] += self.beside[:, top:bottom, : self.num_beside]
+        num_used = max(min(bottom, self.num_below) - top, 0)
+        unseen = slice(x + self.num_beside, x + width)
+        sums[:, :num_used, self.num_beside :] += self.below[:, top : top + num_used, unseen]
+        self.beside[:, top:bottom, : width - step_x] = sums[:, :, step_x:]
+        finished, here = sums[:, :, :step_x], slice(x, x + step_x)
+        if bottom <= step_y:
+            rows = slice(y + top, y + bottom)
+            self.labels[rows, here], self.scores[rows, here] = _most_probable(finished)
+        else:
+            self.below[:, top - step_y : bottom - step_y, here] = finished
+
+
+def _resized_rows(logits: Tensor, size: tuple[int, int], top: int, bottom: int) -> Tensor:
+    """Rows ``top`` to ``bottom`` of (C, h, w) logits that are resized to ``size`` bilinearly, in fp32."""
+    height = logits.shape[1]
+    if logits.shape[1:] == size:
+        return logits[:, top:bottom].float()
+    rows = torch.arange(top, bottom, device=logits.device)
+    source = ((rows + 0.5) * (height / size[0]) - 0.5).clamp_min(0)
     above = source.floor().long()
     below = (above + 1).clamp_max(height - 1)
-    part = (source - above)[:, None]
-    for top in range(0, size[0], BAND):
-        rows = slice(top, top + BAND)
-        band = logits[:, above[rows]].float().lerp(logits[:, below[rows]].float(), part[rows])
-        if band.shape[-1] != size[1]:
-            band = F.interpolate(band[None], (band.shape[1], size[1]), mode="bilinear", align_corners=False)[0]
-        labels[rows], scores[rows] = _most_probable(band)
-    return labels, scores
+    band = logits[:, above].float().lerp(logits[:, below].float(), (source - above)[:, None])
+    return F.interpolate(band[None], (bottom - top, size[1]), mode="bilinear", align_corners=False)[0]
 
 
-def _blend(
-    run: Callable[[Tensor], Tensor],
-    image: Tensor,
-    num_classes: int,
-    size: tuple[int, int],
-    overlap: float,
-    batch_size: int,
-) -> tuple[Tensor, Tensor]:
-    """As `sliding_window`, for an image larger than one window of ``size``.
-
-    Windows come row by row, from left to right. Their weighted logits are summed up where they overlap: ``right`` are
-    the sums that the next window goes on with; the first ``rows_below`` rows of ``below`` are those for the next row
-    of windows, which overwrites what it has used. All else is finished.
-    """
-    height, width = image.shape[1:]
-    tops, lefts = (_starts(*sides, overlap) for sides in zip((height, width), size, strict=True))
-    weights_y, weights_x = _weights(tops, size[0]).to(image.device), _weights(lefts, size[1]).to(image.device)
-    steps_y, steps_x = _steps(tops, size[0]), _steps(lefts, size[1])
-    labels = torch.empty((height, width), dtype=_label_type(num_classes), device=image.device)
-    scores = torch.empty((height, width), dtype=torch.float32, device=image.device)
-    below = torch.empty((num_classes, size[0] - min(steps_y), width), device=image.device)
-    rows_below = 0
-    for top, step_y, weight_y in zip(tops, steps_y, weights_y, strict=True):
-        right = torch.zeros((num_classes, size[0], 0), device=image.device)
-        windows = _logits(run, image, top, lefts, size, batch_size)
-        for logits, left, step_x, weight_x in zip(windows, lefts, steps_x, weights_x, strict=True):
-            total = logits * (weight_y[:, None] * weight_x)
-            seen = right.shape[2]
-            total[:, :, :seen] += right
-            total[:, :rows_below, seen:] += below[:, :rows_below, left + seen : left + size[1]]
-            right = total[:, :, step_x:].clone()
-            below[:, : size[0] - step_y, left : left + step_x] = total[:, step_y:, :step_x]
-            for start in range(0, step_y, BAND):
-                rows = slice(start, min(start + BAND, step_y))
-                there = slice(top + rows.start, top + rows.stop), slice(left, left + step_x)
-                labels[there], scores[there] = _most_probable(total[:, rows, :step_x])
-        rows_below = size[0] - step_y
-    return labels, scores
-
-
-def _logits(
-    run: Callable[[Tensor], Tensor],
-    image: Tensor,
-    top: int,
-    lefts: list[int],
-    size: tuple[int, int],
-    batch_size: int,
-) -> Iterator[Tensor]:
-    """The fp32 logits of each window of a row of windows, of the window's size."""
-    height, width = size
-    for first in range(0, len(lefts), batch_size):
-        windows = [image[:, top : top + height, left : left + width] for left in lefts[first : first + batch_size]]
-        for logits in run(torch.stack(windows)):
-            resized = logits[None].float()
-            if logits.shape[1:] != size:
-                resized = F.interpolate(resized, size, mode="bilinear", align_corners=False)
-            yield resized[0]
+def _bands(top: int, bottom: int) -> list[tuple[int, int]]:
+    return [(row, min(row + BAND, bottom)) for row in range(top, bottom, BAND)]
 
 
 def _starts(length: int, size: int, overlap: float) -> list[int]:
@@ -168,25 +172,26 @@ def _starts(length: int, size: int, overlap: float) -> list[int]:
     return [round(i * last / max(num_windows - 1, 1)) for i in range(num_windows)]
 
 
-def _steps(starts: list[int], size: int) -> list[int]:
-    """How many pixels of each window no later one starts before: to the next one's start, or all of the last one."""
-    return [after - start for start, after in pairwise([*starts, starts[-1] + size])]
+def _steps(starts: list[int], size: int) -> dict[int, int]:
+    """By start, how many pixels of a window no later one sees: up to the next one's start, or all of the last one."""
+    return {start: after - start for start, after in pairwise([*starts, starts[-1] + size])}
 
 
-def _weights(starts: list[int], size: int) -> Tensor:
-    """(N, size) weights of the pixels of N windows along one side: they sum to 1 at each pixel of the image."""
+def _weights(starts: list[int], size: int, device: torch.device) -> dict[int, Tensor]:
+    """By start, the weights of a window's pixels along one side: they sum to 1 at each pixel of the image."""
     tent = torch.minimum(torch.arange(size), torch.arange(size - 1, -1, -1)) + 0.5
     total = torch.zeros(starts[-1] + size)
     for start in starts:
         total[start : start + size] += tent
-    return torch.stack([tent / total[start : start + size] for start in starts])
+    return {start: (tent / total[start : start + size]).to(device) for start in starts}
 
 
 def _most_probable(logits: Tensor) -> tuple[Tensor, Tensor]:
     """Class and probability of each pixel of (C, H, W) logits."""
-    highest, labels = logits.max(0)
-    return labels.to(_label_type(len(logits))), (highest - logits.logsumexp(0)).exp()
+    return logits.argmax(0), (logits.amax(0) - logits.logsumexp(0)).exp()
 
 
-def _label_type(num_classes: int) -> torch.dtype:
-    return torch.uint8 if num_classes <= 256 else torch.int16
+def _results(num_classes: int, size: tuple[int, int], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Where to write classes and probabilities."""
+    labels = torch.empty(size, dtype=torch.uint8 if num_classes <= 256 else torch.int16, device=device)
+    return labels, torch.empty(size, device=device)
