@@ -7,7 +7,7 @@ from typing import Any
 
 from .common import Commands, make_parent, new_file, positive, write_json
 
-TASKS = ("classify", "detect", "segment")
+TASKS = ("classify", "detect")
 DETECT_PATHS = ("train_annotations", "train_images_dir", "val_annotations", "val_images_dir")
 
 
@@ -89,10 +89,6 @@ def _run_check(args: argparse.Namespace) -> Any:
         from qtvit.data import check_detection_data
 
         return check_detection_data(args.folder, num_threads=args.num_workers, **paths)
-    if args.task == "segment":
-        from qtvit.data.check_segmentation import check_segmentation_data
-
-        return check_segmentation_data(args.folder, num_threads=args.num_workers)
     from qtvit.data import check_data as check_classes
 
     min_side = 32 if args.min_side is None else args.min_side
