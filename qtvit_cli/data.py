@@ -8,6 +8,7 @@ from typing import Any
 from .common import Commands, make_parent, new_file, positive, write_json
 
 TASKS = ("classify", "detect")
+SCENES = ("detect", "segment")
 DETECT_PATHS = ("train_annotations", "train_images_dir", "val_annotations", "val_images_dir")
 
 
@@ -45,7 +46,7 @@ def add_data(commands: Commands) -> None:
         "scenes", help="draw sample data for detection or segmentation: handwritten digits among clutter"
     )
     scenes.add_argument("folder", type=Path, help="folder to create; one with the same scenes is left as it is")
-    scenes.add_argument("--task", choices=TASKS[1:], default="detect", help="boxes and masks, or masks (detect)")
+    scenes.add_argument("--task", choices=SCENES, default="detect", help="boxes and masks, or masks (detect)")
     scenes.add_argument("--num-train", type=positive, default=1000, metavar="N", help="scenes to train on (1000)")
     scenes.add_argument("--num-val", type=positive, default=200, metavar="N", help="held-out scenes (200)")
     scenes.add_argument("--seed", type=int, default=0, help="of the scenes (default: 0)")
