@@ -185,11 +185,15 @@ VIEWS: Mapping[str, Any] = {"window": None, "flip": False, "scales": "1", "img_s
 """Options of `add_views`, with their defaults."""
 
 
+NUM_SHOWN = 5
+"""Classes of an image that are printed."""
+
+
 class Segment(TaskCommands):
     """Classes of pixels."""
 
     eval_options: ClassVar = {"mask_classes": None, "save_masks": None, **VIEWS}
-    predict_options: ClassVar = {"top_k": 5, **VIEWS}
+    predict_options: ClassVar = VIEWS
     sheet_side = 320
 
     def evaluate(self, args: argparse.Namespace, predictor: Any, name: str) -> None:
@@ -222,15 +226,14 @@ class Segment(TaskCommands):
             write_json(args.json, all_scores(evaluation.scores, about))
 
     def iter_predict(self, args: argparse.Namespace, predictor: Any, files: Sequence[Path]) -> Iterator[Any]:
-        self.top_k = args.top_k
         found: Iterator[Any] = predictor.iter_predict(files, _views(args), skip_broken=args.on_bad_image == "skip")
         return found
 
     def line(self, prediction: Any, predictor: Any) -> str:
         from qtvit.deploy.annotate import shorten
 
-        shares = [*prediction.shares().items()][: self.top_k]
-        return "   ".join(f"{shorten(label, 30)} {share:.1%}" for label, share in shares)
+        shares = [f"{shorten(label, 30)} {share:.1%}" for label, share in prediction.shares().items()]
+        return "   ".join(shares[:NUM_SHOWN]) + (f"   and {len(shares) - NUM_SHOWN} more" if shares[NUM_SHOWN:] else "")
 
     def row(self, prediction: Any) -> dict[str, Any]:
         height, width = prediction.labels.shape
@@ -253,9 +256,7 @@ def add_views(parser: argparse.ArgumentParser) -> None:
         action=argparse.BooleanOptionalAction,
         help="segmenter: see images in sliding windows of the size of training crops, or whole (large ones in windows)",
     )
-    parser.add_argument(
-        "--flip", action="store_true", default=None, help="segmenter: average with the mirrored image"
-    )
+    parser.add_argument("--flip", action="store_true", default=None, help="segmenter: average with the mirrored image")
     parser.add_argument(
         "--scales", metavar="LIST", help="segmenter: average over several sizes, relative to the usual: 0.5,1,1.5"
     )

@@ -54,8 +54,8 @@ def _add_eval(commands: Commands) -> None:
     evaluation.add_argument(
         "--data",
         required=True,
-        help="folder of CLASS/*.jpg, folder with val/CLASS/*.jpg, or digits; for a detector, folder in COCO's layout; for "
-        "a segmenter, folder of images and masks",
+        help="folder of CLASS/*.jpg, folder with val/CLASS/*.jpg, or digits; for a detector, folder in COCO's layout; "
+        "for a segmenter, folder of images and masks",
     )
     evaluation.add_argument("--batch-size", type=positive, help="classifier: images at a time (default: 64)")
     evaluation.add_argument(
@@ -86,7 +86,7 @@ def _add_predict(commands: Commands) -> None:
     prediction = commands.add_parser("predict", help="label images, their objects or their pixels with a trained model")
     prediction.add_argument("run", help=f"{RUN}, or an exported file")
     prediction.add_argument("images", nargs="+", help="image files, or folders of them")
-    prediction.add_argument("--top-k", type=positive, help="classifier, segmenter: classes to show per image (5)")
+    prediction.add_argument("--top-k", type=positive, help="classifier: classes to show per image (default: 5)")
     prediction.add_argument("--batch-size", type=positive, help="classifier: images at a time (default: 32)")
     prediction.add_argument(
         "--score-threshold",
