@@ -285,7 +285,10 @@ def test_mistakes_in_training(
         ("eval {run} --data {boxes} --save-masks {boxes}", "exists already and is not empty"),
         ("eval {run} --data {boxes} --mask-classes {other}", "the classes of the data are not those of the model"),
         ("eval {classifier} --data {boxes} --flip", "--flip is not for a model that was trained to classify"),
-        ("predict {classifier} {boxes}/val/images --window", "--window is not for a model that was trained to classify"),
+        (
+            "predict {classifier} {boxes}/val/images --window",
+            "--window is not for a model that was trained to classify",
+        ),
         ("explain {run} {boxes}/val/images/0.png", "was trained to segment, and a model to classify is needed"),
         ("train classify --data {boxes} --batch-size 4 --checkpoint {run}", "was trained to segment"),
     ],
