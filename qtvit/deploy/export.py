@@ -128,8 +128,11 @@ def export_model(
             report = dataclasses.replace(report, gain=_gain({precision: file, **others}))
         exported.close()
         if problem := report.problem():
+            remedy = ""
+            if (format, precision) == ("onnx", "int8") and labels:
+                remedy = "; --format openvino keeps layers in fp32 until it loses no more than --max-drop"
             raise ValueError(
-                f"not exported: the {precision} file for {_runtime_name(format)} failed its check: {problem}"
+                f"not exported: the {precision} file for {_runtime_name(format)} failed its check: {problem}{remedy}"
             )
         written = sorted(file.parent.iterdir(), key=lambda path: path.suffix == out.suffix)  # the one to load last
         for path in written:
