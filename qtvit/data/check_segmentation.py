@@ -155,7 +155,7 @@ def _facts(sample: SegmentationSample, *, full: bool) -> _Facts:
 def _mask_facts(sample: SegmentationSample) -> _Facts:
     """Of the mask alone, read in full."""
     try:
-        counts = count_values(read_mask(sample.mask))
+        counts = count_values(read_mask(sample.mask)).without_rare()
         return _Facts(counts, index_colors(sample.mask))
     except (ValueError, OSError) as error:
         title = "masks saved as JPEG" if JPEG_MASK in str(error) else "masks that cannot be read"

@@ -10,11 +10,17 @@ from PIL import Image
 
 from qtvit.errors import some
 
-from .images import any_size, decode
+from .images import decode
 from .palette import Color, color_keys, default_palette, format_color, key_color
 
 MAX_VALUE = 65535
 """Of an index mask: 16 bits."""
+
+MAX_COUNTED = 1000
+"""Values of a mask that a check keeps."""
+
+NUM_SHOWN = 5
+"""Values that a message lists."""
 
 LABEL = np.int16
 """Of labels in memory."""
@@ -95,7 +101,8 @@ class MaskClasses:
         """What `as_index` does, for the values of a mask."""
         if not counts.color or self.by_color or any(len(set(key_color(key))) > 1 for key in counts.pixels):
             return counts
-        return ValueCounts({key & 255: count for key, count in counts.pixels.items()}, color=False)
+        pixels = {key & 255: count for key, count in counts.pixels.items()}
+        return ValueCounts(pixels, color=False, num_rare=counts.num_rare)
 
     def unknown(self, counts: "ValueCounts") -> str | None:
         """What is wrong with these values of a mask: which are of no class, and how many pixels have them."""
@@ -105,9 +112,12 @@ class MaskClasses:
         rest = {value: count for value, count in counts.pixels.items() if value not in known}
         if not rest:
             return None
-        if counts.color:
-            return f"colours that no class has: {ValueCounts(rest, color=True)}"
-        return f"values that no class has: {ValueCounts(rest, color=False)}; {self._values()}"
+        unknown = ValueCounts(rest, counts.color, counts.num_rare)
+        return (
+            f"colours that no class has: {unknown}"
+            if counts.color
+            else f"values that no class has: {unknown}; {self._values()}"
+        )
 
     def label_counts(self, counts: "ValueCounts") -> np.ndarray:
         """(C,) pixels of each class among these values of a mask; those of no class are left out."""
@@ -190,14 +200,25 @@ class ValueCounts:
     Attributes:
         pixels: by value, or by `color_keys` number.
         color: whether it is of a colour mask.
+        num_rare: how many values are left out, as there are too many.
     """
 
     pixels: Mapping[int, int]
     color: bool
+    num_rare: int = 0
 
     def __str__(self) -> str:
-        ranked = sorted(self.pixels.items(), key=lambda item: (-item[1], item[0]))
-        return some([f"{format_color(key_color(v)) if self.color else v} ({n:,} px)" for v, n in ranked])
+        shown = [f"{format_color(key_color(v)) if self.color else v} ({n:,} px)" for v, n in self._ranked()]
+        num_more = len(shown[NUM_SHOWN:]) + self.num_rare
+        return ", ".join(shown[:NUM_SHOWN]) + (f" and {num_more:,} more" if num_more else "")
+
+    def without_rare(self) -> "ValueCounts":
+        """The `MAX_COUNTED` most frequent values: noise has as many as there are pixels."""
+        num_rare = max(len(self.pixels) - MAX_COUNTED, 0)
+        return ValueCounts(dict(self._ranked()[:MAX_COUNTED]), self.color, num_rare) if num_rare else self
+
+    def _ranked(self) -> list[tuple[int, int]]:
+        return sorted(self.pixels.items(), key=lambda item: (-item[1], item[0]))
 
 
 def read_mask(path: Path) -> np.ndarray:
@@ -212,8 +233,7 @@ def read_mask(path: Path) -> np.ndarray:
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such mask file")
-    with any_size():
-        image = decode(path, str(path))
+    image = decode(path, str(path))
     if image.format in ("JPEG", "MPO"):
         raise ValueError(f"{path}: {JPEG_MASK}")
     if image.mode in ("RGB", "RGBA"):

@@ -6,6 +6,7 @@ import torch
 from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
+from torch.nn import functional as F
 from torchvision import tv_tensors
 from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as tvf
@@ -115,11 +116,14 @@ class RandomScaledCrop(v2.Transform):
         return {"top": top, "left": left, "height": box[0], "width": box[1], "size": shown}
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
-        mask = isinstance(inpt, tv_tensors.Mask)
-        mode = InterpolationMode.NEAREST_EXACT if mask else InterpolationMode.BILINEAR
-        shown = tvf.resized_crop(inpt, **params, interpolation=mode, antialias=True)
         bottom, right = (full - part for full, part in zip(self.size, params["size"], strict=True))
-        return tvf.pad(shown, [0, 0, right, bottom], fill=self.ignore_index if mask else self.fill)
+        if not isinstance(inpt, tv_tensors.Mask):
+            shown = tvf.resized_crop(inpt, **params, interpolation=InterpolationMode.BILINEAR, antialias=True)
+            return tvf.pad(shown, [0, 0, right, bottom], fill=self.fill)
+        # Of masks, torchvision takes the corner of each cell; the image's pixels are where its centre is.
+        labels = inpt.as_subclass(Tensor)[None]
+        labels = tvf.resized_crop(labels, **params, interpolation=InterpolationMode.NEAREST_EXACT)[0]
+        return tv_tensors.Mask(F.pad(labels, (0, right, 0, bottom), value=self.ignore_index))
 
     def _is_mixed(self, labels: Tensor) -> bool:
         counts = labels[labels != self.ignore_index].unique(return_counts=True)[1]

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from qtvit.data.masks import MaskClasses, read_mask
+from qtvit.data.masks import MaskClasses, count_values, read_mask
 from qtvit.data.palette import color_keys, default_palette, format_color, key_color, parse_color
 
 SIZE = (97, 211)
@@ -69,6 +69,35 @@ def test_colours_draw_and_do_not_read_without_by_color(tmp_path: Path) -> None:
     assert painted.tolist() == [[[9, 9, 9], [8, 8, 8], [255, 255, 255]]]
     Image.fromarray(np.stack([np.array([[0, 1, 255]], np.uint8)] * 3, -1)).save(tmp_path / "grey.png")
     assert classes.read(tmp_path / "grey.png").tolist() == [[0, 1, 255]]
+
+
+@pytest.mark.parametrize("color", [(0, 0, 1), (9, 9, 10), (9, 10, 9), (200, 0, 0)])
+def test_unknown_colours(tmp_path: Path, color: tuple[int, int, int]) -> None:
+    classes = MaskClasses(("a", "b"), (0, 1), (), ((9, 9, 9), (10, 0, 0)), ((0, 0, 0),), by_color=True)
+    pixels = np.full((*SIZE, 3), 9, np.uint8)
+    pixels[3, 4:6] = color
+    pixels[8] = (1, 0, 0)
+    Image.fromarray(pixels).save(tmp_path / "mask.png")
+    with pytest.raises(ValueError, match="colours that no class has") as error:
+        classes.read(tmp_path / "mask.png")
+    shown = format_color(color)
+    assert str(error.value) == f"{tmp_path}/mask.png: colours that no class has: 1 0 0 (211 px), {shown} (2 px)"
+    pixels[8] = (10, 0, 0)
+    Image.fromarray(pixels).save(tmp_path / "mask.png")
+    with pytest.raises(ValueError, match=f"has: {shown} "):
+        classes.read(tmp_path / "mask.png")
+
+
+def test_noise_is_counted_in_short() -> None:
+    mask = np.arange(5000, dtype=np.uint16).reshape(50, 100)
+    mask[0] = 7
+    counts = count_values(mask).without_rare()
+    assert len(counts.pixels) == 1000
+    assert str(counts).startswith("7 (100 px), 100 (1 px), 101 (1 px)")
+    assert str(counts).endswith(" and 4,896 more")  # of 4901
+    unknown = MaskClasses(("a", "b"), (7, 100)).unknown(counts)
+    assert unknown is not None
+    assert "and 4,894 more; those of" in unknown
 
 
 def test_values_outside_of_16_bits(tmp_path: Path) -> None:

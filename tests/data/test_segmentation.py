@@ -1,3 +1,4 @@
+import re
 import shutil
 from pathlib import Path
 
@@ -7,8 +8,11 @@ import torch
 from PIL import ExifTags, Image
 
 from qtvit.data import SegmentationData, SegmentationDataset, SegmentationEvalTransform, load_segmentation_data
-from qtvit.data.segmentation import choose_samples
+from qtvit.data.segmentation import choose_samples, count_pixels
+from qtvit.data.segmentation_classes import read_class_file
 from tests.data.segmentation import COLORS, draw_data, draw_pair
+
+PAGE = Path(__file__).parents[2] / "docs" / "segmentation.md"
 
 
 def read_all(data: SegmentationData, split: str = "train") -> list[np.ndarray]:
@@ -329,3 +333,30 @@ def test_classes_that_cannot_be_found(tmp_path: Path) -> None:
     (tmp_path / "classes.txt").write_text("a\nb\n")
     with pytest.raises(ValueError, match=r"the 4 masks looked at have class a only \(ignored values: 255\)"):
         load_segmentation_data(str(tmp_path))
+
+
+def test_pixels_of_the_classes(tmp_path: Path) -> None:
+    draw_data(tmp_path)
+    counts = count_pixels(load_segmentation_data(str(tmp_path), train_images=1))
+    (mask,) = (sample.mask for sample in load_segmentation_data(str(tmp_path), train_images=1).train)
+    values = np.asarray(Image.open(mask))
+    assert counts.tolist() == [(values == i).sum() for i in range(3)]
+    assert sum(count_pixels(load_segmentation_data(str(tmp_path))).tolist()) == 3 * (97 * 211 - 150)
+
+
+def test_the_example_of_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    draw_data(tmp_path / "streets")
+    section = PAGE.read_text(encoding="utf-8").split("\n## Data\n")[1].split("\n## ")[0]
+    (block,) = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    exec(compile(block, str(PAGE), "exec"), {})
+    data = load_segmentation_data("streets")
+    assert (data.mask_classes.read(Path("values.png")) == data.mask_classes.read(data.train[0].mask)).all()
+    text = section.split("```\nroad:")[1].split("```")[0]
+    Path("classes.txt").write_text(f"road:{text}")
+    assert load_segmentation_data("streets", classes="classes.txt").classes == ("road", "car", "sky")
+    (yaml,) = re.findall(r"```yaml\n(.*?)```", section, re.DOTALL)
+    Path("classes.yaml").write_text(yaml)
+    meaning = read_class_file(Path("classes.yaml"))
+    assert (meaning.names, meaning.values, meaning.ignored) == (("road", "car"), (7, 26), (0, 255))
+    assert (meaning.colors[1], meaning.ignored_colors) == ((0, 0, 142), ((0, 0, 0),))

@@ -53,6 +53,12 @@ def test_scale_1_of_the_own_size_is_a_plain_crop() -> None:
     assert places
 
 
+def test_labels_are_those_at_the_centres_of_pixels() -> None:
+    labels = torch.randint(0, 9, (96, 210), dtype=torch.int16)
+    _, small = SegmentationTrainTransform((32, 70), scale=(1, 1), **PLAIN)(Image.new("RGB", (210, 96)), labels)
+    assert torch.equal(small, labels[1::3, 1::3].long())
+
+
 def test_padding() -> None:
     mean = (0.2, 0.4, 0.6)
     transform = SegmentationTrainTransform(
@@ -87,7 +93,7 @@ def test_scales_are_drawn_from_the_range() -> None:
 def test_crops_of_one_class_are_drawn_again() -> None:
     labels = torch.zeros(100, 400, dtype=torch.int16)
     labels[:, 320:] = 1
-    labels[:10] = 255  # counts for no class
+    labels[:60] = 255  # counts for no class
     image = Image.new("RGB", (400, 100))
 
     def share_mixed(max_class_ratio: float) -> float:
