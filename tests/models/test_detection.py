@@ -300,14 +300,18 @@ def test_a_cascade_without_proposals_finds_nothing(build: Any) -> None:
     }
 
 
-def test_losses_of_a_cascade_are_weighted_sums_over_its_stages(build: Any) -> None:
-    """Predictions are fixed and all regions are background, so that each stage's loss is known."""
+def test_training_of_a_cascade_moves_boxes_in_turn_and_weighs_losses(build: Any) -> None:
+    """Predictions are fixed and all regions are background, so that each stage's boxes and loss are known."""
     detector = build(cascade=True).train()
     logits = torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [2.0, 0.0, 1.0]])
+    seen: list[list[float]] = []
     for stage, of_stage in zip(detector.roi_heads.stages, logits, strict=True):
-        stage.box_predictor = Fixed(of_stage, torch.zeros(12))
+        stage.box_predictor = Fixed(of_stage, torch.tensor([0.1 * stage.box_coder.weights[0], 0, 0, 0]).repeat(3))
+    pool = detector.roi_heads.stages[0].box_roi_pool  # that of all stages
+    pool.register_forward_pre_hook(lambda _, args: seen.append(args[1][0][0].tolist()))
     maps = detector.backbone(torch.rand(1, 3, 64, 96))
     _, losses = detector.roi_heads(maps, [torch.tensor([[10.0, 10.0, 30.0, 50.0]])], [(64, 96)], [nothing(64, 96)])
+    assert seen == [pytest.approx([left, 10, left + 20, 50]) for left in (10, 12, 14)]
     background = -logits.log_softmax(1)[:, 0]
     torch.testing.assert_close(losses["loss_classifier"], background @ torch.tensor([1.0, 0.5, 0.25]))
 
