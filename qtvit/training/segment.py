@@ -21,6 +21,7 @@ from qtvit.data import (
 )
 from qtvit.data.segmentation import count_pixels
 from qtvit.deploy.segment import SegmentPredictor, SegmentPreprocess, mask_args, segment_pixels
+from qtvit.deploy.segment_evaluate import evaluate
 from qtvit.device import processes
 from qtvit.errors import some
 from qtvit.files import write_text
@@ -32,7 +33,6 @@ from .job import SUMMARY, Job, Loaders, Speed, Summary, check_counts, make_loade
 from .options import absolute
 from .plots import plot_curves
 from .segment_config import SegmentConfig
-from .segment_evaluate import evaluate
 from .segment_report import write_report
 from .segmentation_loss import SegmentationLoss, balanced_weights
 from .segmentation_metrics import SegmentationConfusion
