@@ -1,6 +1,7 @@
 """Training a detector: configuration in, run folder out."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -62,8 +63,8 @@ HEADS = {
 }
 """What `HeadsConfig` leaves open, unless the checkpoint says it."""
 MIN_SIZE = 640
-LAST_LAYERS = ("cls_score", "bbox_pred", "mask_fcn_logits")
-"""Names of the layers whose outputs are categories'."""
+LAST_LAYERS = re.compile(r"roi_heads\..*(cls_score|bbox_pred|mask_fcn_logits)")
+"""Names of the weights whose outputs are categories'; those of the proposals' head, which knows none, stay."""
 
 
 @dataclass(frozen=True)
@@ -366,9 +367,7 @@ def _load_detector(
     fitting = {
         name: tensor
         for name, tensor in weights.items()
-        if name in own
-        and own[name].shape == tensor.shape
-        and not (others and any(layer in name for layer in LAST_LAYERS))
+        if name in own and own[name].shape == tensor.shape and not (others and LAST_LAYERS.match(name))
     }
     anew = [name for name in own if name not in fitting]
     if wrong := [name for name in anew if name.startswith(BODY)]:
@@ -379,8 +378,6 @@ def _load_detector(
             f"{config.checkpoint} finds other categories ({some(source.classes)}): the last layers start anew for "
             f"{some(others.classes)}"
         )
-    parts = dict.fromkeys(
-        name.rpartition(".")[0] for name in anew if not (others and any(layer in name for layer in LAST_LAYERS))
-    )
+    parts = dict.fromkeys(name.rpartition(".")[0] for name in anew if not (others and LAST_LAYERS.match(name)))
     if parts:
         console.say(f"not in {config.checkpoint}, so they start anew: {some(list(parts))}")
