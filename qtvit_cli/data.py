@@ -39,6 +39,8 @@ def add_data(commands: Commands) -> None:
     for split in ("train", "val"):
         check.add_argument(f"--{split}-annotations", metavar="FILE", help=f"detect: annotation file of {split}")
         check.add_argument(f"--{split}-images-dir", metavar="DIR", help="detect: folder that its file names are in")
+    check.add_argument("--classes", metavar="FILE", help="segment: file of class names and colours, as for training")
+    check.add_argument("--ignore-index", type=int, metavar="N", help="segment: as for training (default: 255)")
     check.add_argument("--json", type=new_file, metavar="FILE", help="also write the whole report to FILE")
     check.set_defaults(command=check_data)
     scenes = what.add_parser(
@@ -82,7 +84,8 @@ def check_data(args: argparse.Namespace) -> int:
 def _run_check(args: argparse.Namespace) -> Any:
     """The report of the task's check; ValueError for an option that is another's."""
     paths = {name: getattr(args, name) for name in DETECT_PATHS}
-    for task, options in (("classify", {"min_side": args.min_side}), ("detect", paths)):
+    meaning = {"classes": args.classes, "ignore_index": args.ignore_index}
+    for task, options in (("classify", {"min_side": args.min_side}), ("detect", paths), ("segment", meaning)):
         if task != args.task and (given := [name for name, value in options.items() if value is not None]):
             raise ValueError(f"--{given[0].replace('_', '-')} is for --task {task}, not {args.task}")
     if args.task == "detect":
@@ -92,7 +95,10 @@ def _run_check(args: argparse.Namespace) -> Any:
     if args.task == "segment":
         from qtvit.data.check_segmentation import check_segmentation_data
 
-        return check_segmentation_data(args.folder, num_threads=args.num_workers)
+        ignored = 255 if args.ignore_index is None else args.ignore_index
+        return check_segmentation_data(
+            args.folder, classes=args.classes, ignore_index=ignored, num_threads=args.num_workers
+        )
     from qtvit.data import check_data as check_classes
 
     min_side = 32 if args.min_side is None else args.min_side

@@ -199,9 +199,9 @@ class Segment(TaskCommands):
     def evaluate(self, args: argparse.Namespace, predictor: Any, name: str) -> None:
         from qtvit import console
         from qtvit.data import load_segmentation_data
+        from qtvit.deploy.segment_evaluate import evaluate
         from qtvit.files import open_folder
         from qtvit.training.run import clean_up, create_run_folder
-        from qtvit.training.segment_evaluate import evaluate
         from qtvit.training.segment_report import all_scores, class_table, headline, write_report
 
         views, masks = _views(args), args.save_masks

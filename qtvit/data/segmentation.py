@@ -134,6 +134,8 @@ def load_segmentation_data(
     root = data_folder(data)
     layout = read_layout(root)
     command = f"qtvit data check {data} --task segment"
+    command += f" --classes {classes}" if classes is not None else ""
+    command += f" --ignore-index {ignore_index}" if ignore_index != 255 else ""
     ProblemReport(problems=layout.problems).raise_if_any(command)
     meaning = resolve_classes(layout, classes, ignore_index)
     check_before_training(layout, meaning).raise_if_any(command)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from qtvit.checkpoints import ModelInfo
 from qtvit.console import progress
 from qtvit.data import ImageSource, Preprocess, open_image
 
@@ -24,12 +25,16 @@ MIN_AGREEMENT = {"fp32": 1.0, "bf16": 0.99, "fp16": 0.99, "int8": 0.95}
 """Part of the images that have to get the same class as from the network, by precision; ties do not count."""
 TIE = 0.02
 """An image is a tie if the network's two best logits are closer than this part of its largest logit."""
+SAME_PIXELS = 0.999
+"""Part of all pixels, ties too, that have to get the same class in fp32."""
 MAX_DROP = 1.0
 """Points of accuracy that a file may lose on labelled images."""
 LARGE_BATCH, SMALL_BATCH = 8, 3
 """Sizes of batches to try where any is allowed, besides 1."""
 FEW = 8
 """Images for each further size and batch that is tried."""
+DENSE_BATCH, DENSE_FEW = 2, 3
+"""The same of networks that score every pixel, which take far more time and memory for an image."""
 TURNS, WARMUP = 30, 5
 """How often a file is timed, and how often it runs before."""
 AS_FAST = 1.05
@@ -48,6 +53,8 @@ class Case:
         scale: the network's largest logit, absolutely.
         num_clear: images, or of a segmentation pixels, that are not ties.
         num_agreeing: those of them that get the same class.
+        num_pixels: all pixels of a segmentation; 0 of a classifier.
+        num_same: those of them that get the same class, ties too.
     """
 
     img_size: tuple[int, int]
@@ -58,17 +65,19 @@ class Case:
     scale: float
     num_clear: int
     num_agreeing: int
+    num_pixels: int = 0
+    num_same: int = 0
 
     @classmethod
     def compare(cls, img_size: tuple[int, int], batch_size: int, expected: Tensor, found: Tensor) -> "Case":
         """From the logits of the network and the file, each (B, num_classes), or (B, num_classes, H, W): of pixels."""
-        num_images = len(expected)
+        num_images, dense = len(expected), expected.ndim == 4
         expected, found = (logits.movedim(1, -1).flatten(0, -2) for logits in (expected, found))
         diff = (found - expected).abs().nan_to_num(torch.inf, torch.inf)
         best = expected.topk(min(2, expected.shape[-1])).values
         scale = float(expected.abs().max())
         clear = best[:, 0] - best[:, -1] > TIE * scale
-        agreeing = clear & (expected.argmax(-1) == found.argmax(-1))
+        same = expected.argmax(-1) == found.argmax(-1)
         return cls(
             img_size,
             batch_size,
@@ -77,12 +86,31 @@ class Case:
             float(diff.mean()),
             scale,
             int(clear.sum()),
-            int(agreeing.sum()),
+            int((clear & same).sum()),
+            len(same) if dense else 0,
+            int(same.sum()) if dense else 0,
+        )
+
+    @classmethod
+    def merge(cls, cases: Sequence["Case"]) -> "Case":
+        """Of parts of the same images, one case."""
+        first, num_images = cases[0], sum(case.num_images for case in cases)
+        return cls(
+            first.img_size,
+            first.batch_size,
+            num_images,
+            max(case.max_diff for case in cases),
+            sum(case.mean_diff * case.num_images for case in cases) / num_images,
+            max(case.scale for case in cases),
+            *(
+                sum(getattr(case, name) for case in cases)
+                for name in ("num_clear", "num_agreeing", "num_pixels", "num_same")
+            ),
         )
 
     @property
     def agreement(self) -> float:
-        """The part of the images with a clear class that get the same one; 1 if there are no such images."""
+        """The part of the images, or pixels, with a clear class that get the same one; 1 if there are none such."""
         return self.num_agreeing / self.num_clear if self.num_clear else 1.0
 
     def problem(self, precision: str) -> str | None:
@@ -95,12 +123,25 @@ class Case:
                 f"its logits differ by {self.max_diff:.2g} {where}, with a largest logit of {self.scale:.2g}; "
                 f"allowed is {FP32_TOLERANCE:g} of that"
             )
-        if self.agreement < MIN_AGREEMENT[precision]:
+        if precision == "fp32" and self.num_same < SAME_PIXELS * self.num_pixels:
             return (
-                f"it gives the class of the network for {self.num_agreeing} of {self.num_clear} images {where}; "
+                f"it gives the class of the network for {self.num_same} of {self.num_pixels} pixels {where}; "
+                f"fp32 has to for {SAME_PIXELS:.1%}"
+            )
+        if self.agreement < MIN_AGREEMENT[precision]:
+            what = "clear pixels" if self.num_pixels else "images"
+            return (
+                f"it gives the class of the network for {self.num_agreeing} of {self.num_clear} {what} {where}; "
                 f"{precision} has to for {MIN_AGREEMENT[precision]:.0%}"
             )
         return None
+
+    def agreement_text(self) -> str:
+        """How many get the same class, in words."""
+        if self.num_pixels:
+            return f"{self.num_same / self.num_pixels:>7.2%} of the pixels"
+        ties = self.num_images - self.num_clear
+        return f"{self.agreement:>6.1%}" + (f" ({ties} tie{'s' * (ties > 1)})" if ties else "")
 
 
 @dataclass(frozen=True)
@@ -134,9 +175,10 @@ class Report:
     Attributes:
         precision: of the file.
         cases: the first with all images at the file's own size.
-        accuracy: top-1 in percent of the network and of the file, on labelled images.
+        accuracy: ``score`` in percent of the network and of the file, on labelled images.
         max_drop: by how many points the latter may be lower.
         gain: what the precision brings, if that was measured.
+        score: what the accuracy is.
     """
 
     precision: str
@@ -144,6 +186,7 @@ class Report:
     accuracy: tuple[float, float] | None = None
     max_drop: float = MAX_DROP
     gain: Gain | None = None
+    score: str = "top-1"
 
     def problem(self) -> str | None:
         """The first thing that is wrong with the file, if anything is."""
@@ -153,24 +196,23 @@ class Report:
         if self.accuracy and self.accuracy[0] - self.accuracy[1] > self.max_drop + 1e-9:
             network, found = self.accuracy
             return (
-                f"its top-1 is {found:.2f} %, {network - found:.2f} points below the network's; "
+                f"its {self.score} is {found:.2f} %, {network - found:.2f} points below the network's; "
                 f"allowed are {self.max_drop:g}"
             )
         return None
 
     def lines(self) -> list[str]:
         """A table of the cases, and the accuracies."""
-        lines = [f"{'size':<10}{'batch':>6}{'images':>8}{'max diff':>11}{'mean diff':>11}  same top-1"]
+        same = "class" if self.cases[0].num_pixels else "top-1"
+        lines = [f"{'size':<10}{'batch':>6}{'images':>8}{'max diff':>11}{'mean diff':>11}  same {same}"]
         for case in self.cases:
-            ties = case.num_images - case.num_clear
-            note = f" ({ties} tie{'s' * (ties > 1)})" if ties else ""
             lines.append(
                 f"{_size(case.img_size):<10}{case.batch_size:>6}{case.num_images:>8}{case.max_diff:>11.2g}"
-                f"{case.mean_diff:>11.2g}  {case.agreement:>6.1%}{note}"
+                f"{case.mean_diff:>11.2g}  {case.agreement_text()}"
             )
         lines.append(f"the network's largest logit is {self.cases[0].scale:.3g}")
         if self.accuracy:
-            lines.append(f"top-1: {self.accuracy[1]:.2f} %, of the network {self.accuracy[0]:.2f} %")
+            lines.append(f"{self.score}: {self.accuracy[1]:.2f} %, of the network {self.accuracy[0]:.2f} %")
         if self.gain:
             lines += self.gain.lines()
         return lines
@@ -197,16 +239,28 @@ def check(
     cases = []
     accuracy = None
     for img_size, batch_size, num_images in _plan(artifact, len(images)):
-        preprocess = dataclasses.replace(Preprocess(**artifact.info.preprocess), size=img_size)
-        expected, found = [], []
+        preprocess = dataclasses.replace(crops_of(artifact.info), size=img_size)
+        expected, found, parts = [], [], []
         for batch in _batches(images[:num_images], preprocess, batch_size):
             expected.append(network(batch).cpu())
             found.append(exported(batch).cpu())
-        cases.append(Case.compare(img_size, batch_size, torch.cat(expected), torch.cat(found)))
+            if expected[-1].ndim == 4:  # those of all images would not fit into memory
+                parts.append(Case.compare(img_size, batch_size, expected.pop(), found.pop()))
+        if expected:
+            parts.append(Case.compare(img_size, batch_size, torch.cat(expected), torch.cat(found)))
+        cases.append(Case.merge(parts))
         if labels is not None and accuracy is None:
             right = [torch.cat(logits).argmax(-1) == torch.tensor(labels) for logits in (expected, found)]
             accuracy = 100 * float(right[0].float().mean()), 100 * float(right[1].float().mean())
     return Report(artifact.precision, cases, accuracy, max_drop)
+
+
+def crops_of(info: ModelInfo) -> Preprocess:
+    """How images are made to fit a graph: as in evaluation; those of a segmenter fill the size of its crops."""
+    if info.task != "segment":
+        return Preprocess(**info.preprocess)
+    given = info.preprocess
+    return Preprocess(tuple(given["size"]), 1.0, "bilinear", tuple(given["mean"]), tuple(given["std"]))
 
 
 def time_in_turns(runtimes: Sequence[Runtime], pixels: Tensor) -> list[float]:
@@ -243,9 +297,9 @@ def synthetic_images(num_images: int, img_size: tuple[int, int], seed: int = 0) 
 def _plan(artifact: Artifact, num_images: int) -> Iterator[tuple[tuple[int, int], int, int]]:
     """Image size, batch size and number of images of each case."""
     height, width = artifact.img_size
-    any_batch = "batch" in artifact.dynamic
-    yield (height, width), LARGE_BATCH if any_batch else 1, num_images
-    few = min(FEW, num_images)
+    any_batch, dense = "batch" in artifact.dynamic, artifact.info.task == "segment"
+    yield (height, width), (DENSE_BATCH if dense else LARGE_BATCH) if any_batch else 1, num_images
+    few = min(DENSE_FEW if dense else FEW, num_images)
     if any_batch:
         yield (height, width), 1, few
         yield (height, width), SMALL_BATCH, few

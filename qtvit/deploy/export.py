@@ -16,7 +16,7 @@ from torch import nn
 
 from qtvit.checkpoints import BEST, ModelInfo, find_model_file, load_model
 from qtvit.console import say
-from qtvit.data import ImageSource, Preprocess, open_image
+from qtvit.data import ImageSource, Preprocess, load_segmentation_data, open_image
 from qtvit.errors import unknown_name
 from qtvit.files import open_folder
 from qtvit.models import build_model
@@ -30,6 +30,8 @@ from .held_out import all_images, held_out_samples
 from .predictor import ClassPredictor
 from .quantize import write_int8
 from .runtimes import open_exported
+from .segment import SegmentPredictor, Views, mask_classes
+from .segment_evaluate import evaluate
 
 RANDOM = "random weights, for timing"
 """The source of a model without trained weights."""
@@ -37,6 +39,13 @@ NUM_SYNTHETIC = 32
 """Images made for the check when there are no others."""
 NUM_IMAGES = 300
 """Images that are chosen of the calibration folder, and of labelled data, if there are more."""
+NUM_DENSE, NUM_MASKS = 8, 100
+"""For a segmenter, images whose pixels are compared, and images with masks for its mIoU."""
+
+_PREDICTORS: dict[str, type[ClassPredictor | SegmentPredictor]] = {
+    "classify": ClassPredictor,
+    "segment": SegmentPredictor,
+}
 
 
 @dataclass(frozen=True)
@@ -99,11 +108,11 @@ def export_model(
     for package in REQUIRED[format] + (("nncf",) if (format, precision) == ("openvino", "int8") else ()):
         if importlib.util.find_spec(package) is None:
             raise ModuleNotFoundError(f"{package} is not installed; pip install 'qtvit[deploy]'", name=package)
-    network, info = _random_model(str(source)) if is_random else load_model(source, task="classify")
+    network, info = _random_model(str(source)) if is_random else _trained_model(source)
     size = img_size or tuple(info.preprocess["size"])
     check_img_size(network, size, "--img-size")
     info = dataclasses.replace(info, preprocess={**info.preprocess, "size": list(size)})
-    predictor = ClassPredictor(network, info, "cpu")
+    predictor = _PREDICTORS[info.task](network, info, "cpu")
     artifact = Artifact(info, format, precision, dynamic)
     calibration_images = None if calibration is None else _calibration_images(calibration)
     images, labels, which = _check_images(artifact, data, calibration_images)
@@ -124,6 +133,9 @@ def export_model(
             write(fused, artifact, file)
         exported = open_exported(file, "cpu")
         report = check(predictor.runtime, exported, artifact, images, labels, max_drop)
+        if data is not None and isinstance(predictor, SegmentPredictor):
+            scores = _mean_ious([predictor, SegmentPredictor(exported, info)], data, "hw" not in dynamic)
+            report = dataclasses.replace(report, accuracy=scores, score="mIoU")
         if others:
             report = dataclasses.replace(report, gain=_gain({precision: file, **others}))
         exported.close()
@@ -237,6 +249,32 @@ def _random_model(name: str) -> tuple[nn.Module, ModelInfo]:
     return model.eval(), info
 
 
+def _trained_model(source: str | Path) -> tuple[nn.Module, ModelInfo]:
+    """The network of a run, ready to be exported; ValueError if its task has no export."""
+    network: Any
+    network, info = load_model(source)
+    if info.task not in _PREDICTORS:
+        raise ValueError(
+            f"{source}: its {info.model} was trained to {info.task}; only models to {' and '.join(_PREDICTORS)} "
+            "can be exported"
+        )
+    if info.task == "segment":
+        network.aux = None  # for training alone
+        info = dataclasses.replace(info, task_args={**info.task_args, "aux": False})
+    return network, info
+
+
+def _mean_ious(predictors: Sequence[SegmentPredictor], data: str, window: bool) -> tuple[float, float]:
+    """mIoU in percent of the network and of the file, both in windows if the file has to."""
+    loaded = load_segmentation_data(data, ignore_index=predictors[0].mask_classes.ignore_index)
+    samples = [loaded.val[i] for i in _chosen(len(loaded.val), NUM_MASKS)]
+    views = Views(window=True if window else None)
+    network, file = (
+        evaluate(predictor, samples, loaded.mask_classes, views).scores.mean_iou() for predictor in predictors
+    )
+    return network, file
+
+
 def _calibration_images(folder: str | Path) -> list[ImageSource]:
     """`NUM_IMAGES` of the images of ``folder``, always the same."""
     found = all_images(str(folder))
@@ -247,6 +285,14 @@ def _check_images(
     artifact: Artifact, data: str | None, calibration: list[ImageSource] | None
 ) -> tuple[list[ImageSource], list[int] | None, str]:
     """Images to check the file on, their labels if they have such, and in words what they are."""
+    if artifact.info.task == "segment" and data is not None:
+        val = load_segmentation_data(data, ignore_index=mask_classes(artifact.info).ignore_index).val
+        dense: list[ImageSource] = [val[i].image for i in _chosen(len(val), NUM_DENSE)]
+        return dense, None, f"{len(dense)} images of val in {data}"
+    if artifact.info.task == "segment":
+        some_images = calibration or synthetic_images(NUM_DENSE, artifact.img_size)
+        kind = "calibration" if calibration else "synthetic"
+        return some_images[:NUM_DENSE], None, f"{len(some_images[:NUM_DENSE])} {kind} images"
     if data is not None:
         samples, which = held_out_samples(data, artifact.info)
         chosen = [samples[i] for i in _chosen(len(samples))]
@@ -258,9 +304,9 @@ def _check_images(
     return images, None, f"{len(images)} synthetic images (--data or --calibration gives real ones)"
 
 
-def _chosen(num_images: int) -> list[int]:
-    """Positions of `NUM_IMAGES` of so many images, in order."""
-    return sorted(random.Random(0).sample(range(num_images), min(NUM_IMAGES, num_images)))
+def _chosen(num_images: int, most: int = NUM_IMAGES) -> list[int]:
+    """Positions of ``most`` of so many images, in order."""
+    return sorted(random.Random(0).sample(range(num_images), min(most, num_images)))
 
 
 def _runtime_name(format: str) -> str:

@@ -13,10 +13,11 @@ import numpy as np
 from torch import nn
 
 from qtvit.console import say
-from qtvit.data import ImageSource, Preprocess, open_image
+from qtvit.data import ImageSource, open_image
 from qtvit.layers import LinearAttention, MultiScaleAttention
 
 from .artifact import INPUT, METADATA_KEY, Artifact
+from .check import crops_of
 from .formats import quiet_tools, save_openvino
 
 Labelled = tuple[Sequence[ImageSource], Sequence[int]]
@@ -44,7 +45,7 @@ def write_int8(
         max_drop: points of top-1 in percent.
     """
     say(f"quantizing with {len(images)} images")
-    transform = Preprocess(**artifact.info.preprocess).transform()
+    transform = crops_of(artifact.info).transform()
 
     def pixels(image: ImageSource) -> np.ndarray:
         return transform(open_image(image))[None].numpy()

@@ -12,7 +12,7 @@ from timm.data import resolve_data_config
 from torch import Tensor, nn
 
 from qtvit import console
-from qtvit.checkpoints import ModelInfo, load_model, own_args
+from qtvit.checkpoints import WEIGHT_SOURCES, ModelInfo, load_model, own_args
 from qtvit.data import (
     SegmentationData,
     SegmentationDataset,
@@ -21,6 +21,7 @@ from qtvit.data import (
 )
 from qtvit.data.segmentation import count_pixels
 from qtvit.deploy.segment import SegmentPredictor, SegmentPreprocess, mask_args, segment_pixels
+from qtvit.deploy.segment_evaluate import evaluate
 from qtvit.device import processes
 from qtvit.errors import some
 from qtvit.files import write_text
@@ -32,7 +33,6 @@ from .job import SUMMARY, Job, Loaders, Speed, Summary, check_counts, make_loade
 from .options import absolute
 from .plots import plot_curves
 from .segment_config import SegmentConfig
-from .segment_evaluate import evaluate
 from .segment_report import write_report
 from .segmentation_loss import SegmentationLoss, balanced_weights
 from .segmentation_metrics import SegmentationConfusion
@@ -237,41 +237,57 @@ def run_training(config: SegmentConfig) -> SegmentSummary | None:
 
 def build_network(config: SegmentConfig, data: SegmentationData) -> tuple[nn.Module, ModelInfo]:
     """The network to train, from random weights or from ``config.checkpoint``, and its description."""
-    name, model_args, heads = config.model or DEFAULT_MODEL, dict(config.model_args), {}
-    source, given = None, {}
+    name, model_args = config.model or DEFAULT_MODEL, config.model_args
+    source: ModelInfo | None = None
+    weights: dict[str, Tensor] = {}
     if config.checkpoint is not None:
-        network, source = load_model(config.checkpoint, **config.model_args)
+        network, source = load_model(config.checkpoint, **model_args)
         if source.task not in ("classify", "segment"):
-            raise ValueError(f"--checkpoint {config.checkpoint} was trained to {source.task}; a classifier is needed")
+            raise ValueError(
+                f"--checkpoint {config.checkpoint} was trained to {source.task}; a classifier or segmenter fits"
+            )
         if config.model not in (None, source.model):
             raise ValueError(f"--checkpoint {config.checkpoint} holds {source.model}, not {config.model}")
-        name, model_args, heads, given = source.model, source.model_args, source.task_args, network.state_dict()
-    task_args = {
-        "head": config.head or heads.get("head", "upernet"),
-        "aux": config.loss.aux > 0,
-        "channels": config.head_channels or heads.get("channels"),
-        "drop_rate": config.drop_rate,
-        "masks": mask_args(data.mask_classes),
-    }
-    model_args = {key: value for key, value in own_args(model_args).items() if key != "num_classes"}
-    model: Any = build_task_model("segment", name, {**model_args, **config.model_args}, task_args)
+        name, model_args, weights = source.model, source.model_args, network.state_dict()
+    elif config.freeze and not model_args.keys() & set(WEIGHT_SOURCES):
+        console.say(f"--freeze {config.freeze} without --checkpoint keeps random weights as they are")
+    if model_args.get("in_chans", 3) != 3:
+        raise ValueError(f"{name} is for images of {model_args['in_chans']} channels, and a segmenter reads RGB")
+    model_args = {key: value for key, value in model_args.items() if key != "num_classes"}
+    task_args = _task_args(config, data, source.task_args if source is not None else {})
+    model: Any = build_task_model("segment", name, model_args, task_args)
     if source is not None and source.task == "classify":
         try:
-            load_backbone(model.backbone, given)
+            load_backbone(model.backbone, weights)
         except ValueError as error:
             raise ValueError(f"{config.checkpoint}: {error}") from error
     elif source is not None:
-        _take_over(model, given, source, task_args, data.classes, str(config.checkpoint))
+        _take_over(model, weights, source, task_args, data.classes, str(config.checkpoint))
     if source is not None:
-        mean, std = source.preprocess["mean"], source.preprocess["std"]
+        given: Mapping[str, Any] = source.preprocess
     else:
-        known = timm.get_pretrained_cfg(name)
-        cfg = resolve_data_config(pretrained_cfg=known.to_dict() if known else {})
-        mean, std = cfg["mean"], cfg["std"]
-    preprocess = SegmentPreprocess(config.crop_shape(), config.base_size, config.window, tuple(mean), tuple(std))
-    return model, ModelInfo(
-        name, model_args, list(data.classes), asdict(preprocess), task="segment", task_args=task_args
+        cfg = timm.get_pretrained_cfg(name)
+        given = resolve_data_config(pretrained_cfg=cfg.to_dict() if cfg else {})
+    preprocess = SegmentPreprocess(
+        config.crop_shape(), config.base_size, config.window, tuple(given["mean"]), tuple(given["std"])
     )
+    info = ModelInfo(
+        name, own_args(model_args), list(data.classes), asdict(preprocess), task="segment", task_args=task_args
+    )
+    return model, info
+
+
+def _task_args(config: SegmentConfig, data: SegmentationData, known: Mapping[str, Any]) -> dict[str, Any]:
+    """What the network is built with: as the options say, else as in the checkpoint, else the defaults."""
+    head = config.head or known.get("head", "upernet")
+    channels = config.head_channels or (known.get("channels") if known.get("head") == head else None)
+    return {
+        "head": head,
+        "aux": config.loss.aux > 0,
+        "channels": channels,
+        "drop_rate": config.drop_rate,
+        "masks": mask_args(data.mask_classes),
+    }
 
 
 def _take_over(

@@ -10,12 +10,12 @@ from pathlib import Path
 from qtvit.data import SegmentationDataset, SegmentationEvalTransform
 from qtvit.deploy.annotate import Tile, contact_sheet, shorten, thumbnail
 from qtvit.deploy.segment import Segmentation
+from qtvit.deploy.segment_evaluate import Evaluation
+from qtvit.deploy.segment_scores import RegionScores, SegmentationScores
 from qtvit.files import write_text
 
 from .plots import draw_confusion
 from .report import MAX_ROWS, NAME_CHARS, NUM_WORST
-from .segment_evaluate import Evaluation
-from .segmentation_metrics import RegionScores, SegmentationScores
 
 
 def write_report(evaluation: Evaluation, folder: Path, about: Mapping[str, object] | None = None) -> None:

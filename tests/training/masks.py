@@ -11,9 +11,16 @@ PAINT = {0: (120, 120, 120), 1: (210, 40, 30), 2: (30, 60, 220)}
 
 
 def draw_masks(
-    root: Path, num_train: int = 8, num_val: int = 3, colors: Mapping[int, tuple[int, int, int]] | None = None
+    root: Path,
+    num_train: int = 8,
+    num_val: int = 3,
+    colors: Mapping[int, tuple[int, int, int]] | None = None,
+    num_ignored: int = 3,
 ) -> Path:
-    """Images of 40 x 48 pixels, and a last one of 97 x 211, with index masks or masks in ``colors``; classes.txt."""
+    """Images of 40 x 48 pixels, and a last one of 97 x 211, with index masks or masks in ``colors``; classes.txt.
+
+    The first ``num_ignored`` rows are of no class.
+    """
     for split, number in (("train", num_train), ("val", num_val)):
         for folder in ("images", "masks"):
             (root / split / folder).mkdir(parents=True)
@@ -26,7 +33,7 @@ def draw_masks(
                 mask[top : top + height // 3, left : left + width // 3] = label
             image = np.array([PAINT[label] for label in range(3)], np.uint8)[mask]
             image = (image + rng.integers(-9, 10, image.shape)).astype(np.uint8)
-            mask[:3] = 255
+            mask[:num_ignored] = 255
             Image.fromarray(image).save(root / split / "images" / f"{index}.png")
             if colors is not None:
                 table = np.zeros((256, 3), np.uint8)

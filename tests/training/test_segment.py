@@ -306,3 +306,16 @@ def test_mistakes_with_a_model(
     other.write_text("ground\nred\nsea\n")
     assert main(command.format(run=segmented, classifier=classifier, boxes=boxes, other=other).split()) == 2
     assert message in capsys.readouterr().err
+
+
+def test_data_check(boxes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    check = ["data", "check", str(boxes), "--task", "segment"]
+    assert main(check) == 0
+    assert "red: " in capsys.readouterr().out
+    (tmp_path / "two.txt").write_text("ground\nred\n")
+    assert main([*check, "--classes", str(tmp_path / "two.txt")]) == 1
+    assert "values that no class has: 2" in capsys.readouterr().out
+    assert main([*check, "--ignore-index", "1"]) == 1
+    assert "ignore_index 1 is the label of class red" in capsys.readouterr().out
+    assert main(["data", "check", str(boxes), "--ignore-index", "1"]) == 2
+    assert "--ignore-index is for --task segment, not classify" in capsys.readouterr().err

@@ -2,7 +2,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from qtvit.training.segmentation_metrics import RegionScores, SegmentationConfusion, SegmentationScores
+from qtvit.deploy.segment_scores import RegionScores, SegmentationScores
+from qtvit.training.segmentation_metrics import SegmentationConfusion
 
 CLASSES = ("sky", "road", "car", "bus", "dog")
 

@@ -10,10 +10,10 @@ import torch
 
 from qtvit.console import progress
 from qtvit.data import MaskClasses, SegmentationDataset, SegmentationEvalTransform, SegmentationSample
-from qtvit.deploy.segment import Segmentation, SegmentPredictor, Views
 from qtvit.files import open_folder
 
-from .segmentation_metrics import SegmentationConfusion, SegmentationScores
+from .segment import Segmentation, SegmentPredictor, Views
+from .segment_scores import SegmentationScores, count_confusion
 
 NUM_KEPT = 12
 """Predictions that are kept to be drawn."""
@@ -58,7 +58,8 @@ def evaluate(
     to_data = _class_order(predictor, data_classes)
     views = views or Views()
     dataset = SegmentationDataset(samples, data_classes, SegmentationEvalTransform())
-    confusion = SegmentationConfusion(len(data_classes.names), data_classes.ignore_index)
+    num_classes = len(data_classes.names)
+    confusion = torch.zeros(num_classes, num_classes, dtype=torch.long)
     chosen = set(np.linspace(0, len(samples) - 1, min(NUM_KEPT, len(samples))).round().astype(int).tolist())
     kept, seconds = [], 0.0
     for index, sample in enumerate(progress(samples, desc="Evaluating", unit="image")):
@@ -66,7 +67,7 @@ def evaluate(
         start = time.perf_counter()
         predicted = to_data[predictor.label(image, views)]
         seconds += time.perf_counter() - start
-        confusion.update(torch.from_numpy(predicted), labels)
+        confusion += count_confusion(torch.from_numpy(predicted), labels, num_classes, data_classes.ignore_index)
         found = Segmentation(predicted, data_classes)
         if masks_folder is not None:
             path = masks_folder / Path(sample.name).with_suffix(".png")
@@ -74,7 +75,9 @@ def evaluate(
             found.index_image().save(path)
         if index in chosen:
             kept.append((sample, found))
-    return Evaluation(confusion.scores(data_classes.names), kept, data_classes, len(samples) / seconds)
+    return Evaluation(
+        SegmentationScores(data_classes.names, confusion, len(samples)), kept, data_classes, len(samples) / seconds
+    )
 
 
 def _class_order(predictor: SegmentPredictor, data_classes: MaskClasses) -> np.ndarray:
