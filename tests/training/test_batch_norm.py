@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from qtvit.checkpoints import load_model
 from qtvit.data.sampling import Key
 from qtvit.models import Architecture, QTViT
-from qtvit.training import classify
+from qtvit.training import job
 from qtvit.training.callbacks import LAST, EstimateBatchNorm
 from qtvit.training.classify import Classifier
 from qtvit.training.optim import batch_norms
@@ -147,7 +147,7 @@ def test_the_recipes_subset_and_what_is_saved(photos: Path, tmp_path: Path, monk
             super().on_validation_end(trainer, pl_module)
             averages.append(copy.deepcopy(pl_module.ema.module.state_dict()))
 
-    monkeypatch.setattr(classify, "EstimateBatchNorm", Spy)
+    monkeypatch.setattr(job, "EstimateBatchNorm", Spy)
     assert main(TRAIN.format(data=photos).split()) == 0
     assert [[images.shape for images in batches] for batches in seen] == [[(5, 3, 16, 16)] * 2] * 2
     assert all(torch.equal(*pair) for pair in zip(*seen, strict=True))
@@ -166,7 +166,7 @@ def test_the_recipes_subset_and_what_is_saved(photos: Path, tmp_path: Path, monk
 
 
 def test_none_with_no_images(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(classify, "EstimateBatchNorm", None)
+    monkeypatch.setattr(job, "EstimateBatchNorm", None)
     argv = [*TRAIN.format(data=photos).split(), "--bn-images", "0", "--epochs", "1", "--ema.decay", "0"]
     assert main(argv) == 0
     state = torch.load(tmp_path / "run" / LAST, weights_only=True)["state_dict"]

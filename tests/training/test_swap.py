@@ -117,7 +117,7 @@ def test_epoch_0_is_the_swapped_checkpoint(photos: Path, source: Path, tmp_path:
 
 def test_curves_begin_at_epoch_0(swapped: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     figures: list[Figure] = []
-    monkeypatch.setattr(plots, "_save", lambda figure, out: figures.append(figure))
+    monkeypatch.setattr(plots, "save", lambda figure, out: figures.append(figure))
     plots.plot_curves(swapped / "metrics.csv", tmp_path / "curves.png")
     lines = {line.get_label(): list(line.get_xdata()) for line in figures[0].axes[0].lines}
     assert lines == {"training": [1, 2], "held out": [0, 1, 2]}
