@@ -1,7 +1,8 @@
 """The network and its variants; importing this registers them with timm."""
 
+from .backbone import load_backbone
 from .build import ModelCost, build_model, check_img_size, model_cost
-from .detection import Detector, build_detector, load_backbone
+from .detection import Detector, build_detector
 from .qtvit import ARCHITECTURES, PUBLISHED_ACCURACY, SHIPPED_WEIGHTS, Architecture, QTViT, Stage
 from .tasks import build_task_model
 

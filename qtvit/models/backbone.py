@@ -11,54 +11,78 @@ from torch import Tensor, nn
 
 from qtvit.errors import some
 
-from .build import build_model
 from .foreign import fit_weights, kernel_mismatch
-from .qtvit import ARCHITECTURES, QTViT
+from .qtvit import QTViT
 
 
-def build_backbone(model: str, model_args: Mapping[str, Any] | None = None) -> nn.Module:
-    """A model of ours or timm's whose forward maps images to the list of its stages' feature maps, the finest first.
+class Backbone(nn.Module):
+    """A classifier without what stands behind its last map: (B, 3, H, W) -> maps of its stages, the finest first.
 
-    It has timm's ``feature_info``. Ours keep their names, below "model.", and lay their positional maps out as the
-    classifier does, by default for 224 px (32 px for the nano): so its weights fit as they are, the parameters are
-    those of the paper's Tables 4 to 6, and images of any H x W get the maps resized.
-
-    Args:
-        model: name, as for ``timm.create_model``.
-        model_args: arguments of the model; those of its classifier have no effect.
-
-    Raises:
-        ValueError: there is no such model, it does not take these arguments, or it has no feature maps.
-    """
-    ours = {"feature_cls": "getter"} if model.split(".")[0] in ARCHITECTURES else {}
-    return build_model(model, **{**(model_args or {}), **ours, "features_only": True})
-
-
-def load_backbone(backbone: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
-    """Fill a backbone with the weights of a whole classifier, whose head is left out.
-
-    Weights of ours may have anybody's names, and positional maps of another size are resized
-    (`qtvit.models.foreign.fit_weights`). Of other models, everything that the backbone has not is left out.
+    Ours lay their positional maps out as the classifier does, by default for 224 px (32 px for the nano): so its
+    weights fit as they are, the parameters are those of the paper's Tables 4 to 6, and images of any H x W get the
+    maps resized.
 
     Args:
-        backbone: from `build_backbone`.
-        state_dict: of a classifier of the same model, or the backbone's own.
+        body: a network of ours or timm's with ``forward_intermediates``; what it does not need is taken out of it.
+        num_maps: how many maps, the last ones; None: all.
+
+    Attributes:
+        channels: of the maps.
+        strides: of the maps.
+        removed: top-level parts of the network that are taken out.
 
     Raises:
-        ValueError: they do not fit; nothing is loaded then.
+        ValueError: the network gives no maps.
     """
-    network: nn.Module = getattr(backbone, "model", backbone)
-    weights = {name.removeprefix("model."): value for name, value in state_dict.items()}
-    own = network.state_dict()
-    if isinstance(network, QTViT):
-        fitted = fit_weights(weights, network)
-        if mismatch := kernel_mismatch(fitted, network.kernel):
-            raise ValueError(mismatch)
-        weights = {name: value for name, value in fitted.items() if not name.startswith("head.")}
-    else:  # timm joins the first parts of names, as in stages_0.blocks.1
-        given = {name.replace(".", "_"): value for name, value in weights.items()}
-        weights = {name: given[name.replace(".", "_")] for name in own if name.replace(".", "_") in given}
 
+    def __init__(self, body: nn.Module, num_maps: int | None = None) -> None:
+        super().__init__()
+        network: Any = body
+        strides = strides_of(body)
+        self.indices = list(range(len(strides)))[-(num_maps or len(strides)) :]
+        self.strides = [strides[i] for i in self.indices]
+        self.channels: list[int] = [network.feature_info[i]["num_chs"] for i in self.indices]
+        self.body = body
+        parts = _parts(body)
+        network.prune_intermediate_layers(self.indices, prune_norm=True)
+        self.removed = parts - _parts(body)
+
+    def forward(self, x: Tensor) -> Any:
+        network: Any = self.body
+        return network.forward_intermediates(x, self.indices, output_fmt="NCHW", intermediates_only=True)
+
+
+def strides_of(network: nn.Module) -> list[int]:
+    """Of the maps of all stages; ValueError if it has no ``forward_intermediates`` that gives them."""
+    if not hasattr(network, "forward_intermediates"):
+        raise ValueError(f"{type(network).__name__} gives no feature maps (no forward_intermediates)")
+    feature_info: Any = network.feature_info
+    return [stage["reduction"] for stage in feature_info]
+
+
+def _parts(network: nn.Module) -> set[str]:
+    """Top-level modules and parameters that have weights."""
+    return {name.split(".")[0] for name in network.state_dict()}
+
+
+def load_backbone(backbone: Backbone, state_dict: Mapping[str, Tensor]) -> list[str]:
+    """Fill a backbone with the weights of a classifier: ours under anybody's names, or timm's.
+
+    Positional maps of another size than its own are resized (`qtvit.models.foreign.fit_weights`).
+
+    Returns:
+        The names of the weights it has no place for: those behind its last feature map.
+
+    Raises:
+        ValueError: weights are missing, of another shape, or of no part of such a classifier; nothing is loaded then.
+    """
+    body: Any = backbone.body
+    given = fit_weights(state_dict, body) if isinstance(body, QTViT) else dict(state_dict)
+    if isinstance(body, QTViT) and (mismatch := kernel_mismatch(given, body.kernel)):
+        raise ValueError(mismatch)
+    dropped = [name for name in given if name.split(".")[0] in backbone.removed]
+    weights = {name: tensor for name, tensor in given.items() if name not in set(dropped)}
+    own = body.state_dict()
     wrong = [f"{name} is missing" for name in own if name not in weights]
     wrong += [f"{name} is not of this model" for name in weights if name not in own]
     wrong += [
@@ -67,8 +91,9 @@ def load_backbone(backbone: nn.Module, state_dict: Mapping[str, Tensor]) -> None
         if name in weights and weights[name].shape != value.shape
     ]
     if wrong:
-        raise ValueError(f"weights do not fit the backbone: {some(wrong, 3)}")
-    network.load_state_dict(weights)
+        raise ValueError(f"these are no weights of this {type(body).__name__}: {some(wrong, 3)}")
+    body.load_state_dict(weights)
+    return dropped
 
 
 def below(prefix: str, groups: Any) -> Any:

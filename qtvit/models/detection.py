@@ -37,13 +37,9 @@ from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 from torchvision.ops.poolers import LevelMapper
 
-from qtvit.errors import some
-
-from .backbone import below
+from .backbone import Backbone, below, strides_of
 from .build import build_model
 from .cascade import CascadeRoIHeads
-from .foreign import fit_weights, kernel_mismatch
-from .qtvit import QTViT
 
 CASCADE = ((0.5, 10.0), (0.6, 20.0), (0.7, 30.0))
 """Stages of Cascade R-CNN: IoU from which a region is an object; weight of its deltas (half for its sides)."""
@@ -86,35 +82,28 @@ class Detector(GeneralizedRCNN):
         return below(BODY, self.body.group_matcher(coarse=coarse))
 
 
-class PyramidBackbone(nn.Module):
+class PyramidBackbone(Backbone):
     """A network and the feature pyramid on its maps: (B, 3, H, W) -> {"0": (B, C, H / stride, W / stride), …, "pool"}.
 
     Of the network's maps the pyramid has those from 1/8 of the largest stride on, 4 to 32 for most networks, but none
     of full resolution; "pool" is the last one at half its resolution, for the largest proposals.
 
     Args:
-        body: one of timm's or ours, with ``forward_intermediates``; what stands behind its last map is taken out.
+        body: see `Backbone`.
         chans: C.
         norm_layer: behind each of the pyramid's convolutions; None: no norms.
 
     Attributes:
         out_channels: C.
         strides: of all maps, "pool" too.
-        removed: top-level parts of the network that are taken out.
 
     Raises:
         ValueError: the network gives no maps, or they do not halve from one to the next.
     """
 
     def __init__(self, body: nn.Module, chans: int, norm_layer: Callable[..., nn.Module] | None = None) -> None:
-        super().__init__()
-        network: Any = body
-        if not hasattr(network, "forward_intermediates"):
-            raise ValueError(f"{type(body).__name__} gives no feature maps (no forward_intermediates)")
-        strides = [level["reduction"] for level in network.feature_info]
-        finest = max(2, strides[-1] // 8)
-        self.indices = [i for i, stride in enumerate(strides) if stride >= finest]
-        self.strides = [strides[i] for i in self.indices]
+        strides = strides_of(body)
+        super().__init__(body, sum(stride >= max(2, strides[-1] // 8) for stride in strides))
         if any(2 * fine != coarse for fine, coarse in zip(self.strides, self.strides[1:], strict=False)):
             raise ValueError(
                 f"{type(body).__name__} has feature maps of strides {', '.join(map(str, self.strides))}; "
@@ -122,17 +111,10 @@ class PyramidBackbone(nn.Module):
             )
         self.strides.append(2 * self.strides[-1])
         self.out_channels = chans
-        self.body = body
-        parts = _parts(body)
-        network.prune_intermediate_layers(self.indices, prune_norm=True)
-        self.removed = parts - _parts(body)
-        widths = [network.feature_info[i]["num_chs"] for i in self.indices]
-        self.fpn = FeaturePyramidNetwork(widths, chans, LastLevelMaxPool(), norm_layer)
+        self.fpn = FeaturePyramidNetwork(self.channels, chans, LastLevelMaxPool(), norm_layer)
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
-        network: Any = self.body
-        maps = network.forward_intermediates(x, self.indices, output_fmt="NCHW", intermediates_only=True)
-        return self.fpn({str(i): feature_map for i, feature_map in enumerate(maps)})
+        return self.fpn({str(i): feature_map for i, feature_map in enumerate(super().forward(x))})
 
 
 class StrideAnchors(AnchorGenerator):
@@ -153,6 +135,19 @@ class StrideAnchors(AnchorGenerator):
         strides: Any = [(stride, stride) for stride in self.strides]
         anchors = torch.cat(self.grid_anchors(sizes, strides))
         return [anchors] * len(image_list.image_sizes)
+
+
+class Resize(GeneralizedRCNNTransform):
+    """torchvision's, which says so if an image is so elongated that nothing would be left of its shorter side."""
+
+    def resize(self, image: Tensor, target: Any = None) -> Any:
+        height, width = image.shape[-2:]
+        if min(height, width) * self.max_size < max(height, width):
+            raise ValueError(
+                f"an image of {width} x {height} px cannot be resized to a longer side of {self.max_size} px: less "
+                "than a pixel of its shorter side would be left"
+            )
+        return super().resize(image, target)
 
 
 class ProposalHead(RPNHead):
@@ -208,7 +203,7 @@ def build_detector(
     score_thresh: float = 0.05,
     max_detections: int = 100,
 ) -> Detector:
-    """A detector with new weights on a network with new weights (see `load_backbone`).
+    """A detector with new weights on a network with new weights (see `qtvit.models.load_backbone`).
 
     Args:
         model: name of the network, ours or timm's.
@@ -274,46 +269,11 @@ def build_detector(
         )
 
     roi_heads = CascadeRoIHeads([heads(*stage) for stage in CASCADE]) if cascade else heads()
-    resize: Any = GeneralizedRCNNTransform
+    resize: Any = Resize
     transform = resize(sizes, max_size, list(mean), list(std), size_divisible=backbone.strides[-2])
     detector = Detector(backbone, rpn, roi_heads, transform)
     detector.num_classes = num_classes
     return detector
-
-
-def load_backbone(detector: Detector, state_dict: Mapping[str, Tensor]) -> list[str]:
-    """Fill the network of ``detector`` with the weights of a classifier: ours under anybody's names, or timm's.
-
-    Positional maps of another size than its own are resized.
-
-    Returns:
-        The names of the weights it has no place for: those behind its last feature map.
-
-    Raises:
-        ValueError: weights are missing, of another shape, or of no part of such a classifier.
-    """
-    body, removed = detector.body, detector.backbone.removed
-    dropped = [name for name in state_dict if name.split(".")[0] in removed]
-    given = {name: tensor for name, tensor in state_dict.items() if name not in set(dropped)}
-    if isinstance(body, QTViT):
-        if mismatch := kernel_mismatch(given, body.kernel):
-            raise ValueError(mismatch)
-        given = fit_weights(given, body)
-    own = body.state_dict()
-    problems = {
-        "missing": [name for name in own if name not in given],
-        "unexpected": [name for name in given if name not in own],
-        "of another shape": [name for name in own if name in given and given[name].shape != own[name].shape],
-    }
-    if found := [f"{some(names, 3)} {what}" for what, names in problems.items() if names]:
-        raise ValueError(f"these are no weights of this {type(body).__name__}: {'; '.join(found)}")
-    body.load_state_dict(given)
-    return dropped
-
-
-def _parts(network: nn.Module) -> set[str]:
-    """Top-level modules and parameters that have weights."""
-    return {name.split(".")[0] for name in network.state_dict()}
 
 
 def _roi_align(strides: Sequence[int], size: int) -> MultiScaleRoIAlign:

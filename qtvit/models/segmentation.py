@@ -14,9 +14,10 @@ from qtvit.errors import unknown_name
 from qtvit.layers import ConvNormAct, MBConv, Residual
 from qtvit.ops.attention import full_precision
 
-from .backbone import below, build_backbone
+from .backbone import Backbone, below
+from .build import build_model
 
-BODY = "backbone.model."
+BODY = "backbone.body."
 """What stands before the names of the weights of a backbone of ours in a segmenter's state dict."""
 AUX_WEIGHT = 0.4
 """Weight of the auxiliary head's loss next to 1 for the main head's."""
@@ -157,8 +158,7 @@ class Segmenter(nn.Module):
 
     Args:
         backbone: maps images to a list of feature maps, the finest first.
-        head: maps the last ``num_maps`` of these to logits.
-        num_maps: of the head.
+        head: maps these to logits.
         aux: maps the last but one of them to logits, while training.
         num_classes: logits of each pixel.
         in_chans: image channels.
@@ -166,9 +166,8 @@ class Segmenter(nn.Module):
 
     def __init__(
         self,
-        backbone: nn.Module,
+        backbone: Backbone,
         head: nn.Module,
-        num_maps: int,
         aux: nn.Module | None,
         num_classes: int,
         in_chans: int,
@@ -176,35 +175,28 @@ class Segmenter(nn.Module):
         super().__init__()
         self.backbone = backbone
         self.head = head
-        self.num_maps = num_maps
         self.aux = aux
         self.num_classes = num_classes
         self.in_chans = in_chans
 
+    @property
+    def body(self) -> Any:
+        """The network below the head."""
+        return self.backbone.body
+
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
-        """Parameters of the backbone that its own recipe does not decay."""
-        return {BODY + name for name in getattr(self._body(), "no_weight_decay", set)()}
+        """Parameters of the network that its own recipe does not decay."""
+        return {BODY + name for name in getattr(self.body, "no_weight_decay", set)()}
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        self._body().set_grad_checkpointing(enable)
+        self.body.set_grad_checkpointing(enable)
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Layers of the backbone, as timm counts them; the heads come last.
-
-        Raises:
-            ValueError: the backbone does not tell; ours do.
-        """
-        body = self._body()
-        if not hasattr(body, "group_matcher"):
-            raise ValueError(f"{type(body).__name__}, the backbone, does not say what its stages are")
-        return below(BODY, body.group_matcher(coarse=coarse))
-
-    def _body(self) -> Any:
-        """The network within the backbone: ours has all of its methods."""
-        return getattr(self.backbone, "model", self.backbone)
+        """Layers of the network, as timm counts them; the heads come last."""
+        return below(BODY, self.body.group_matcher(coarse=coarse))
 
     def forward(self, images: Tensor) -> Tensor | dict[str, Tensor]:
         """Logits of (B, in_chans, H, W) normalised images of any size.
@@ -214,7 +206,7 @@ class Segmenter(nn.Module):
             auxiliary head) at the sizes of the heads' own maps: 150 classes of 16 images of 512 x 512 px are 2.5 GB at
             full size, and a loss keeps several such tensors. The loss can `resize` them image by image.
         """
-        features = self.backbone(images)[-self.num_maps :]
+        features = self.backbone(images)
         logits = self.head(features)
         if not self.training:
             return resize(logits, images.shape[-2:])
@@ -244,26 +236,23 @@ def build_segmenter(
         aux: whether there is an auxiliary head, on the last but one of the head's maps.
         channels: of the head; None: 512 for UPerNet, those of the finest of its maps for the light one.
         drop_rate: dropout before the classifiers.
-        model_args: arguments of the backbone, see `build_backbone`.
+        model_args: of the network, as for ``timm.create_model``; those of its classifier have no effect.
 
     Raises:
-        ValueError: unknown names, arguments that the model does not take, a model with a single map, or sizes below 1.
+        ValueError: unknown names, arguments that the model does not take, or sizes below 1.
     """
     if head not in HEADS:
         raise unknown_name("head", head, HEADS)
     if num_classes < 1 or (channels is not None and channels < 1):
         raise ValueError(f"num_classes and channels are 1 or more, got {num_classes} and {channels}")
-    backbone: Any = build_backbone(model, model_args)
     head_class, num_maps = HEADS[head]
-    in_chans = backbone.feature_info.channels()[-num_maps:]
-    if len(in_chans) < 2:
-        raise ValueError(f"model {model} has a single feature map; a head for segmentation takes 2 or more")
+    backbone = Backbone(build_model(model, **(model_args or {})), num_maps)
+    in_chans = backbone.channels
     if channels is None:
         channels = 512 if head == "upernet" else in_chans[0]
     return Segmenter(
         backbone,
         head_class(in_chans, num_classes, channels, drop_rate),
-        len(in_chans),
         FCNHead(in_chans[-2], num_classes, drop_rate) if aux else None,
         num_classes,
         (model_args or {}).get("in_chans", 3),

@@ -304,7 +304,7 @@ def build_detector(config: DetectConfig, data: DetectionData) -> tuple[Any, Mode
         _load_detector(config, detector, weights, source, None if same else data)
     else:
         try:
-            load_backbone(detector, weights)
+            load_backbone(detector.backbone, weights)
         except ValueError as error:
             raise ValueError(f"{config.checkpoint}: {error}") from error
     info = ModelInfo(name, own_args(model_args), list(data.classes), {}, task="detect", task_args=task_args)

@@ -25,8 +25,7 @@ from qtvit.deploy.segment_evaluate import evaluate
 from qtvit.device import processes
 from qtvit.errors import some
 from qtvit.files import write_text
-from qtvit.models import build_task_model, check_img_size, model_cost
-from qtvit.models.backbone import load_backbone
+from qtvit.models import build_task_model, check_img_size, load_backbone, model_cost
 
 from .config import DEFAULT_MODEL
 from .job import SUMMARY, Job, Loaders, Speed, Summary, check_counts, make_loaders, run_job, with_workers

@@ -8,13 +8,13 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from qtvit.models import ARCHITECTURES, Architecture, build_model
-from qtvit.models.backbone import build_backbone, load_backbone
+from qtvit.models import ARCHITECTURES, Architecture, build_model, load_backbone
+from qtvit.models.backbone import Backbone
 from qtvit.models.foreign import released_name
 
 Randomize = Callable[[nn.Module, int], nn.Module]
 OTHER = "test_resnet"
-"""A model of timm's whose names change when it yields features; it has a stem besides its stages."""
+"""A model of timm's; it has a stem besides its stages."""
 
 
 @pytest.fixture(autouse=True)
@@ -25,6 +25,10 @@ def _tiny(tiny_architectures: Mapping[str, Architecture], monkeypatch: pytest.Mo
 @pytest.fixture
 def classifier(randomize: Randomize) -> Any:
     return randomize(build_model("qtvit_1", num_classes=5), 0).eval()
+
+
+def build_backbone(model: str, **model_args: Any) -> Any:
+    return Backbone(build_model(model, **model_args))
 
 
 def pixels(*size: int) -> Tensor:
@@ -39,18 +43,26 @@ def assert_same_maps(backbone: nn.Module, classifier: Any, x: Tensor) -> None:
             assert torch.equal(ours, stage)
 
 
-@pytest.mark.parametrize("model_args", [None, {"num_classes": 7, "global_pool": "avg"}], ids=str)
+@pytest.mark.parametrize("model_args", [{}, {"num_classes": 7, "global_pool": "avg"}], ids=str)
 def test_weights_of_a_classifier(classifier: Any, model_args: dict[str, Any] | None) -> None:
-    backbone: Any = build_backbone("qtvit_1", model_args)
-    assert backbone.feature_info.channels() == [8, 16, 16, 24, 32]
-    assert backbone.feature_info.reduction() == [2, 4, 8, 16, 32]
+    backbone = build_backbone("qtvit_1", **model_args)
+    assert backbone.channels == [8, 16, 16, 24, 32]
+    assert backbone.strides == [2, 4, 8, 16, 32]
     assert not any("head" in name for name in backbone.state_dict())
-    load_backbone(backbone, classifier.state_dict())
+    dropped = load_backbone(backbone, classifier.state_dict())
+    assert dropped == [name for name in classifier.state_dict() if name.startswith("head.")]
     for size in [(224, 224), (97, 211)]:
         assert_same_maps(backbone, classifier, pixels(*size))
-    again = build_backbone("qtvit_1")
-    load_backbone(again, backbone.state_dict())
-    assert_same_maps(again, classifier, pixels(64, 32))
+
+
+def test_the_last_maps_alone(classifier: Any) -> None:
+    backbone = Backbone(build_model("qtvit_1"), 2)
+    load_backbone(backbone, classifier.state_dict())
+    assert (backbone.channels, backbone.strides) == ([24, 32], [16, 32])
+    x = pixels(64, 32)
+    with torch.no_grad():
+        want = classifier.forward_intermediates(x, intermediates_only=True)[-2:]
+        assert all(torch.equal(*pair) for pair in zip(backbone.eval()(x), want, strict=True))
 
 
 def test_weights_with_the_names_of_the_release(classifier: Any) -> None:
@@ -61,16 +73,16 @@ def test_weights_with_the_names_of_the_release(classifier: Any) -> None:
 
 
 def test_positional_maps_are_resized(classifier: Any) -> None:
-    backbone: Any = build_backbone("qtvit_1", {"img_size": (64, 96)})
+    backbone = build_backbone("qtvit_1", img_size=(64, 96))
     load_backbone(backbone, classifier.state_dict())
-    assert backbone.model.stages[3][1].attn.pos_embed.shape[-2:] == (4, 6)
+    assert backbone.body.stages[3][1].attn.pos_embed.shape[-2:] == (4, 6)
     assert_same_maps(backbone, classifier, pixels(64, 96))
 
 
 def test_weights_of_another_model(randomize: Randomize) -> None:
     classifier: Any = randomize(timm.create_model(OTHER, num_classes=4), 0).eval()
-    backbone: Any = build_backbone(OTHER)
-    load_backbone(backbone, classifier.state_dict())
+    backbone = build_backbone(OTHER)
+    assert load_backbone(backbone, classifier.state_dict()) == ["fc.weight", "fc.bias"]
     x = pixels(64, 64)
     with torch.no_grad():
         assert torch.equal(backbone.eval()(x)[-1], classifier.forward_features(x))
@@ -81,11 +93,9 @@ def test_weights_that_do_not_fit(classifier: Any) -> None:
     state = classifier.state_dict()
     before = {name: value.clone() for name, value in backbone.state_dict().items()}
     missing = {name: value for name, value in state.items() if name != "stages.1.0.depth_conv.conv.weight"}
-    with pytest.raises(
-        ValueError, match=r"do not fit the backbone: stages\.1\.0\.depth_conv\.conv\.weight is missing$"
-    ):
+    with pytest.raises(ValueError, match=r"weights of this QTViT: stages\.1\.0\.depth_conv\.conv\.weight is missing$"):
         load_backbone(backbone, missing)
-    with pytest.raises(ValueError, match=r"do not fit the backbone: neck\.weight is not of this model$"):
+    with pytest.raises(ValueError, match=r"weights of this QTViT: neck\.weight is not of this model$"):
         load_backbone(backbone, {**state, "neck.weight": torch.zeros(1)})
     with pytest.raises(ValueError, match=r"stages\.0\.0\.norm\.bias has shape \(9,\), not \(8,\)$"):
         load_backbone(backbone, {**state, "stages.0.0.norm.bias": torch.zeros(9)})
@@ -96,8 +106,6 @@ def test_weights_that_do_not_fit(classifier: Any) -> None:
     assert all(torch.equal(value, before[name]) for name, value in backbone.state_dict().items())
 
 
-def test_unknown_models_and_arguments() -> None:
-    with pytest.raises(ValueError, match="unknown model 'qtvit_11'; did you mean qtvit_1"):
-        build_backbone("qtvit_11")
-    with pytest.raises(ValueError, match=r"model qtvit_1 cannot be built .*droput"):
-        build_backbone("qtvit_1", {"droput": 0.1})
+def test_a_network_without_maps() -> None:
+    with pytest.raises(ValueError, match="Linear gives no feature maps"):
+        Backbone(nn.Linear(3, 3))

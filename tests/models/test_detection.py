@@ -1,6 +1,5 @@
 """Detectors: torchvision's interface on any of our networks, at any image size, in half precision; and their sizes."""
 
-import copy
 import json
 import math
 from collections.abc import Mapping
@@ -17,7 +16,6 @@ from torchvision.ops import box_iou
 from qtvit.models import Architecture, build_detector, build_model, load_backbone
 from qtvit.models import qtvit as variants
 from qtvit.models.detection import StrideAnchors
-from qtvit.models.foreign import released_name
 
 Architectures = Mapping[str, Architecture]
 
@@ -322,7 +320,7 @@ def test_training_of_a_cascade_moves_boxes_in_turn_and_weighs_losses(build: Any)
 def test_weights_of_a_classifier(build: Any, randomize: Any) -> None:
     classifier: Any = randomize(build_model("qtvit_1", num_classes=5, img_size=96))
     detector = build(model_args={"img_size": 96})
-    dropped = load_backbone(detector, classifier.state_dict())
+    dropped = load_backbone(detector.backbone, classifier.state_dict())
     assert dropped == [name for name in classifier.state_dict() if name.startswith("head.")]
     for name, tensor in detector.body.state_dict().items():
         assert torch.equal(tensor, classifier.state_dict()[name]), name
@@ -330,34 +328,6 @@ def test_weights_of_a_classifier(build: Any, randomize: Any) -> None:
     with torch.no_grad():
         maps = detector.body.eval().forward_intermediates(images, intermediates_only=True)
         assert torch.equal(maps[-1], classifier.eval().forward_features(images))
-
-
-def test_weights_under_other_names_and_positional_maps_of_another_size(build: Any, randomize: Any) -> None:
-    classifier: Any = randomize(build_model("qtvit_1", num_classes=5, img_size=96))
-    released = {released_name(name, classifier.cfg): tensor for name, tensor in classifier.state_dict().items()}
-    detector = build()
-    load_backbone(detector, released)
-    whole: Any = build_model("qtvit_1", num_classes=5)
-    whole.load_state_dict(classifier.state_dict())
-    for name, tensor in detector.body.state_dict().items():
-        assert torch.equal(tensor, whole.state_dict()[name]), name
-
-
-def test_weights_that_do_not_fit(build: Any) -> None:
-    detector, weights = build(), build_model("qtvit_1").state_dict()
-    before = copy.deepcopy(detector.state_dict())
-    name = "stages.0.0.conv.weight"
-    with pytest.raises(ValueError, match=f"no weights of this QTViT: {name} missing$"):
-        load_backbone(detector, {key: value for key, value in weights.items() if key != name})
-    with pytest.raises(ValueError, match=r"no weights of this QTViT: neck\.weight unexpected$"):
-        load_backbone(detector, {**weights, "neck.weight": torch.zeros(1)})
-    with pytest.raises(ValueError, match=f"no weights of this QTViT: {name} of another shape$"):
-        load_backbone(detector, {**weights, name: torch.zeros(1)})
-    with pytest.raises(ValueError, match=r"missing; .* unexpected"):
-        load_backbone(detector, build_model("resnet18").state_dict())
-    with pytest.raises(ValueError, match="another kernel than taylor2"):
-        load_backbone(detector, build_model("qtvit_1", kernel="relu").state_dict())
-    assert all(torch.equal(tensor, before[key]) for key, tensor in detector.state_dict().items())
 
 
 # Other networks, and what training asks of a model
@@ -370,8 +340,16 @@ def test_any_network_of_timm(randomize: Any) -> None:
     sum(detector([image], [target]).values()).backward()
     assert all(parameter.grad is not None for parameter in detector.parameters())
     weights = randomize(build_model("resnet18", num_classes=7)).state_dict()
-    assert load_backbone(detector, weights) == ["fc.weight", "fc.bias"]
+    assert load_backbone(detector.backbone, weights) == ["fc.weight", "fc.bias"]
     assert torch.equal(detector.body.layer4[1].conv2.weight, weights["layer4.1.conv2.weight"])
+
+
+def test_an_image_of_which_nothing_would_be_left(build: Any) -> None:
+    detector = build().eval()
+    longest = detector.transform.max_size
+    detector([torch.rand(3, 1, longest)])
+    with pytest.raises(ValueError, match=f"an image of {longest + 1} x 1 px cannot be resized to a longer side of"):
+        detector([torch.rand(3, 1, longest + 1)])
 
 
 def test_networks_without_a_pyramid() -> None:
