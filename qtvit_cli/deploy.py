@@ -32,9 +32,9 @@ def _add_export(commands: Commands) -> None:
     )
     exporting.add_argument(
         "--dynamic",
-        default="batch",
         metavar="AXES",
-        help="what is left open: batch, hw (height and width), batch,hw, or none (default: batch)",
+        help="what is left open: batch, hw (height and width), batch,hw, or none (default: batch; of detectors, always "
+        "hw)",
     )
     exporting.add_argument(
         "--calibration",
@@ -42,7 +42,9 @@ def _add_export(commands: Commands) -> None:
         help="typical images; int8 measures its ranges on them, and any file is checked on them",
     )
     exporting.add_argument(
-        "--data", metavar="FOLDER", help="labelled images, as for eval, to check the file and its accuracy on"
+        "--data",
+        metavar="FOLDER",
+        help="labelled images, as for eval, to check the file and its accuracy on (of a detector, the file alone)",
     )
     exporting.add_argument(
         "--max-drop", type=float, default=1.0, metavar="POINTS", help="of top-1 on --data that may be lost (default: 1)"
@@ -87,7 +89,7 @@ def export(args: argparse.Namespace) -> None:
         format=args.format,
         precision=args.precision,
         img_size=parse_size("x".join(args.img_size)) if args.img_size else None,
-        dynamic=[] if args.dynamic == "none" else [name.strip() for name in args.dynamic.split(",")],
+        dynamic=_axes(args.dynamic),
         calibration=args.calibration,
         data=args.data,
         max_drop=args.max_drop,
@@ -128,6 +130,12 @@ def doctor(args: argparse.Namespace) -> int:
         draw(report, args.plot)
         print(f"written: {args.plot}")
     return int(not report.is_finite)
+
+
+def _axes(text: str | None) -> list[str] | None:
+    if text is None:
+        return None
+    return [] if text == "none" else [name.strip() for name in text.split(",")]
 
 
 def _png(text: str) -> Path:

@@ -17,6 +17,11 @@ INPUT, OUTPUT = "images", "logits"
 segmentation (B, num_classes, H, W).
 """
 
+DETECTIONS = ("boxes", "labels", "scores", "masks")
+"""Names of a detector's outputs: (n, 4) in pixels, (n,) from 1 on, (n,), and (n, 1, H, W) in 0..1 if it has masks; its
+input is one image, (3, H, W) in 0..1.
+"""
+
 FORMATS = {"onnx": ".onnx", "openvino": ".xml", "torch": ".pt2"}
 """Formats of exported files, with the ending of each; OpenVINO's weights lie beside the .xml in a .bin."""
 
@@ -33,7 +38,8 @@ class Artifact:
     """The description in an exported file.
 
     Attributes:
-        info: of the model; ``info.preprocess["size"]`` is the image size it was exported for.
+        info: of the model; ``info.preprocess["size"]`` is the image size it was exported for, but for a detector, which
+            takes any.
         format: a name in `FORMATS`.
         precision: a name in `PRECISIONS`.
         dynamic: which of "batch" and "hw" (height and width) may differ from 1 and the image size.
@@ -46,7 +52,9 @@ class Artifact:
 
     @property
     def img_size(self) -> tuple[int, int]:
-        """(H, W) that the preprocessing yields, and the only one that is taken unless "hw" is dynamic."""
+        """(H, W) that the preprocessing yields, and the only one that is taken unless "hw" is dynamic; a detector's has
+        none.
+        """
         height, width = self.info.preprocess["size"]
         return height, width
 
@@ -54,7 +62,7 @@ class Artifact:
         """What is stored in the file: the fields, and the image size and the version of qtvit for other readers."""
         info = dataclasses.replace(self.info, version=__version__)
         fields = {**dataclasses.asdict(self), "info": dataclasses.asdict(info)}
-        return json.dumps({"version": __version__, "img_size": self.img_size, **fields})
+        return json.dumps({"version": __version__, "img_size": self.info.preprocess.get("size"), **fields})
 
     @classmethod
     def from_json(cls, text: str, path: Path) -> "Artifact":

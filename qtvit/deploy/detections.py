@@ -156,11 +156,11 @@ class DetectPredictor(Predictor[Detections]):
             if name not in self.classes:
                 raise unknown_name("class", name, self.classes)
         find = partial(self._find, score_threshold=score_threshold, classes=classes)
-        return self._iterate(images, 1, skip_broken, _to_pixels, find)
+        return self._iterate(images, 1, skip_broken, to_pixels, find)
 
     @torch.inference_mode()
     def _find(self, images: list[Tensor], score_threshold: float, classes: Sequence[str] | None) -> list[Detections]:
-        return [self._chosen(self.model([image.to(self.device)])[0], score_threshold, classes) for image in images]
+        return [self._chosen(self.runtime.detect(image), score_threshold, classes) for image in images]
 
     def _chosen(
         self, output: Mapping[str, Tensor], score_threshold: float, classes: Sequence[str] | None
@@ -199,6 +199,6 @@ def encode_masks(masks: Tensor) -> list[dict[str, Any]]:
     return [{"size": rle["size"], "counts": rle["counts"].decode()} for rle in mask.encode(pixels)]
 
 
-def _to_pixels(image: Image.Image) -> Tensor:
+def to_pixels(image: Image.Image) -> Tensor:
     """(3, H, W) fp32 from 0 to 1."""
     return tvf.to_dtype(tvf.pil_to_tensor(image), torch.float32, scale=True)

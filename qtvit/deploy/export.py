@@ -16,7 +16,7 @@ from torch import nn
 
 from qtvit.checkpoints import BEST, ModelInfo, find_model_file, load_model
 from qtvit.console import say
-from qtvit.data import ImageSource, Preprocess, load_segmentation_data, open_image
+from qtvit.data import ImageSource, Preprocess, load_held_out, load_segmentation_data, open_image
 from qtvit.errors import unknown_name
 from qtvit.files import open_folder
 from qtvit.models import build_model
@@ -24,6 +24,8 @@ from qtvit.models.build import check_img_size
 
 from .artifact import FORMATS, PRECISIONS, Artifact
 from .check import MAX_DROP, Gain, Report, check, synthetic_images, time_in_turns
+from .detections import DetectPredictor
+from .detector import DetectorReport, check_detector, write_detector
 from .formats import REQUIRED, write
 from .fuse import fuse
 from .held_out import all_images, held_out_samples
@@ -61,7 +63,7 @@ class Export:
 
     files: list[Path]
     artifact: Artifact
-    report: Report
+    report: Report | DetectorReport
     images: str
 
 
@@ -71,7 +73,7 @@ def export_model(
     format: str = "onnx",
     precision: str = "fp32",
     img_size: tuple[int, int] | None = None,
-    dynamic: Sequence[str] = ("batch",),
+    dynamic: Sequence[str] | None = None,
     calibration: str | Path | None = None,
     data: str | None = None,
     max_drop: float = MAX_DROP,
@@ -86,7 +88,8 @@ def export_model(
         format: a name in `FORMATS`.
         precision: one in `PRECISIONS` of the format.
         img_size: (H, W) of the images; None: that of the model's preprocessing.
-        dynamic: which of "batch" and "hw" are left open; otherwise batches are of 1 and images of ``img_size``.
+        dynamic: which of "batch" and "hw" are left open; otherwise batches are of 1 and images of ``img_size``. None:
+            "batch", or "hw" for a detector, which always takes one image of any size.
         calibration: folder of images, packed or not, or "digits", to find the ranges of int8 on, and to check the file
             on.
         data: folder of labelled images, or "digits", as for ``qtvit eval``; checks the accuracy too.
@@ -100,7 +103,7 @@ def export_model(
         ValueError: settings that do not go together, a model that cannot be exported, or a file that failed the check;
             then there is no file.
     """
-    dynamic = _check_settings(format, precision, dynamic, calibration)
+    axes = _check_settings(format, precision, ("batch",) if dynamic is None else dynamic, calibration)
     if not max_drop >= 0:
         raise ValueError(f"--max-drop must be 0 or more points, got {max_drop:g}")
     is_random = _is_random(source)
@@ -109,15 +112,18 @@ def export_model(
         if importlib.util.find_spec(package) is None:
             raise ModuleNotFoundError(f"{package} is not installed; pip install 'qtvit[deploy]'", name=package)
     network, info = _random_model(str(source)) if is_random else _trained_model(source)
+    calibration_images = None if calibration is None else _calibration_images(calibration)
+    if info.task == "detect":
+        _check_for_detector(format, precision, img_size, dynamic)
+        return _export_detector(network, info, out, _detector_images(info, data, calibration_images))
     size = img_size or tuple(info.preprocess["size"])
     check_img_size(network, size, "--img-size")
     info = dataclasses.replace(info, preprocess={**info.preprocess, "size": list(size)})
     predictor = _PREDICTORS[info.task](network, info, "cpu")
-    artifact = Artifact(info, format, precision, dynamic)
-    calibration_images = None if calibration is None else _calibration_images(calibration)
+    artifact = Artifact(info, format, precision, axes)
     images, labels, which = _check_images(artifact, data, calibration_images)
 
-    fused = fuse(network, None if "hw" in dynamic else artifact.img_size)
+    fused = fuse(network, None if "hw" in axes else artifact.img_size)
     with tempfile.TemporaryDirectory(prefix=".export-", dir=out.parent) as folder:
         file = Path(folder, "new", out.name)
         file.parent.mkdir()
@@ -134,7 +140,7 @@ def export_model(
         exported = open_exported(file, "cpu")
         report = check(predictor.runtime, exported, artifact, images, labels, max_drop)
         if data is not None and isinstance(predictor, SegmentPredictor):
-            scores = _mean_ious([predictor, SegmentPredictor(exported, info)], data, "hw" not in dynamic)
+            scores = _mean_ious([predictor, SegmentPredictor(exported, info)], data, "hw" not in axes)
             report = dataclasses.replace(report, accuracy=scores, score="mIoU")
         if others:
             report = dataclasses.replace(report, gain=_gain({precision: file, **others}))
@@ -150,6 +156,21 @@ def export_model(
         for path in written:
             os.replace(path, out.with_name(path.name))
     return Export([out.with_name(path.name) for path in reversed(written)], artifact, report, which)
+
+
+def _export_detector(detector: Any, info: ModelInfo, out: Path, images: tuple[list[ImageSource], str]) -> Export:
+    """`export_model` for a detector."""
+    artifact = Artifact(info, "onnx", "fp32", ("hw",))
+    with tempfile.TemporaryDirectory(prefix=".export-", dir=out.parent) as folder:
+        file = Path(folder, out.name)
+        write_detector(detector, artifact, file)
+        exported = open_exported(file, "cpu")
+        report = check_detector(DetectPredictor(detector, info, "cpu").runtime, exported, images[0])
+        exported.close()
+        if problem := report.problem():
+            raise ValueError(f"not exported: the file for ONNX Runtime failed its check: {problem}")
+        os.replace(file, out)
+    return Export([out], artifact, report, images[1])
 
 
 def _gain(files: dict[str, Path]) -> Gain:
@@ -202,6 +223,22 @@ def _check_settings(
     return tuple(name for name in ("batch", "hw") if name in dynamic)
 
 
+def _check_for_detector(
+    format: str, precision: str, img_size: tuple[int, int] | None, dynamic: Sequence[str] | None
+) -> None:
+    """ValueError for settings that a detector's file does not have."""
+    if (format, precision) != ("onnx", "fp32"):
+        raise ValueError(f"a detector is exported with --format onnx --precision fp32, not {format} and {precision}")
+    if img_size is not None:
+        raise ValueError(
+            "--img-size: the file of a detector takes images of any size and resizes them itself, as in training"
+        )
+    if dynamic is not None and list(dynamic) != ["hw"]:
+        raise ValueError(
+            f"--dynamic {','.join(dynamic) or 'none'}: the file of a detector takes one image of any size, which is hw"
+        )
+
+
 def _check_out(out: Path, format: str, force: bool) -> Path:
     """``out``, if a file of this format can be written there."""
     if out.suffix != FORMATS[format]:
@@ -250,14 +287,9 @@ def _random_model(name: str) -> tuple[nn.Module, ModelInfo]:
 
 
 def _trained_model(source: str | Path) -> tuple[nn.Module, ModelInfo]:
-    """The network of a run, ready to be exported; ValueError if its task has no export."""
+    """The network of a run, ready to be exported."""
     network: Any
     network, info = load_model(source)
-    if info.task not in _PREDICTORS:
-        raise ValueError(
-            f"{source}: its {info.model} was trained to {info.task}; only models to {' and '.join(_PREDICTORS)} "
-            "can be exported"
-        )
     if info.task == "segment":
         network.aux = None  # for training alone
         info = dataclasses.replace(info, task_args={**info.task_args, "aux": False})
@@ -302,6 +334,23 @@ def _check_images(
         return calibration, None, f"{len(calibration)} calibration images"
     images = synthetic_images(NUM_SYNTHETIC, artifact.img_size)
     return images, None, f"{len(images)} synthetic images (--data or --calibration gives real ones)"
+
+
+def _detector_images(
+    info: ModelInfo, data: str | None, calibration: list[ImageSource] | None
+) -> tuple[list[ImageSource], str]:
+    """Images to check a detector's file on, and in words what they are."""
+    if data is not None:
+        names = dict(zip(info.task_args["category_ids"], info.classes, strict=True))
+        val = load_held_out(data, names, use_masks=False)
+        images: list[ImageSource] = [val[i].image for i in _chosen(len(val), NUM_DENSE)]
+        which = f"images of val in {data}"
+    elif calibration is not None:
+        images, which = calibration[:NUM_DENSE], "calibration images"
+    else:
+        side = max(info.task_args["min_size"])
+        images, which = synthetic_images(NUM_DENSE, (side, side * 4 // 3)), "synthetic images"
+    return images, f"{len(images)} {which}, upright and on their side"
 
 
 def _chosen(num_images: int, most: int = NUM_IMAGES) -> list[int]:

@@ -12,7 +12,7 @@ import os
 import re
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence, Set
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -66,7 +66,7 @@ def write(network: nn.Module, artifact: Artifact, path: Path) -> None:
 
 def write_onnx(graph: Graph, artifact: Artifact, path: Path) -> None:
     """Write one .onnx file, weights and description in it."""
-    program: Any = _onnx_program(graph, artifact)
+    program: Any = onnx_program(_trace(graph, artifact), [OUTPUT], artifact)
     program.model.metadata_props[METADATA_KEY] = artifact.to_json()
     program.save(path, external_data=False)
 
@@ -83,7 +83,7 @@ def openvino_model(graph: Graph, artifact: Artifact) -> Any:
     graph = Graph(graph.network.float(), torch.float16) if is_bf16 else graph
     with tempfile.TemporaryDirectory(prefix="qtvit-") as folder:
         file = Path(folder, "model.onnx")
-        _onnx_program(graph, artifact).save(file, external_data=False)
+        onnx_program(_trace(graph, artifact), [OUTPUT], artifact).save(file, external_data=False)
         with quiet_tools():
             model = openvino.convert_model(file)
     if is_bf16:
@@ -117,13 +117,25 @@ def save_openvino(model: Any, artifact: Artifact, path: Path) -> None:
 
 
 def _trace(graph: Graph, artifact: Artifact) -> ExportedProgram:
-    """The traced graph, without the places in this machine's files that torch notes at every step."""
+    """The traced graph of pixels to logits."""
     example = torch.zeros(2 if "batch" in artifact.dynamic else 1, 3, *artifact.img_size)
-    dynamic = {0: Dim.DYNAMIC} if "batch" in artifact.dynamic else {}
-    dynamic |= {2: Dim.DYNAMIC, 3: Dim.DYNAMIC} if "hw" in artifact.dynamic else {}
+    dynamic = {0} if "batch" in artifact.dynamic else set()
+    return trace(graph, example, dynamic | ({2, 3} if "hw" in artifact.dynamic else set()), artifact)
+
+
+def trace(graph: nn.Module, example: Tensor, dynamic: Set[int], artifact: Artifact) -> ExportedProgram:
+    """The traced graph, without the places in this machine's files that torch notes at every step.
+
+    Args:
+        graph: has one argument, `INPUT`.
+        example: of it.
+        dynamic: its dimensions that are left open.
+        artifact: for the error.
+    """
+    dynamic_shapes = {INPUT: dict.fromkeys(dynamic, Dim.DYNAMIC) or None}
     with quiet_tools(), torch.no_grad():
         try:
-            program = torch.export.export(graph, (example,), dynamic_shapes={INPUT: dynamic or None})
+            program = torch.export.export(graph, (example,), dynamic_shapes=dynamic_shapes)
         except Exception as error:  # torch.export's have no common base class
             raise _cannot_export(artifact, error) from error
     for node in program.graph.nodes:
@@ -131,19 +143,18 @@ def _trace(graph: Graph, artifact: Artifact) -> ExportedProgram:
     return program
 
 
-def _onnx_program(graph: Graph, artifact: Artifact) -> Any:
+def onnx_program(program: ExportedProgram, outputs: Sequence[str], artifact: Artifact) -> Any:
     """The ``torch.onnx.ONNXProgram``, with nodes named after the layers they are of."""
-    program = _trace(graph, artifact)
     with quiet_tools():
         try:
-            onnx_program: Any = torch.onnx.export(
-                program, dynamo=True, opset_version=OPSET, input_names=[INPUT], output_names=[OUTPUT], verbose=False
+            onnx: Any = torch.onnx.export(
+                program, dynamo=True, opset_version=OPSET, input_names=[INPUT], output_names=outputs, verbose=False
             )
         except torch.onnx.errors.OnnxExporterError as error:
             raise _cannot_export(artifact, error) from error
-    _name_nodes(onnx_program.model.graph)
-    _name_dims(onnx_program.model.graph)
-    return onnx_program
+    _name_nodes(onnx.model.graph)
+    _name_dims(onnx.model.graph)
+    return onnx
 
 
 def _name_nodes(graph: Any) -> None:
@@ -160,7 +171,8 @@ def _name_dims(graph: Any) -> None:
     import onnx_ir
 
     names = {}
-    for dim, name in zip(graph.inputs[0].shape, ("batch", "channels", "height", "width"), strict=True):
+    shape = graph.inputs[0].shape
+    for dim, name in zip(shape, ("batch", "channels", "height", "width")[-len(shape) :], strict=True):
         if isinstance(dim, onnx_ir.SymbolicDim):
             names[str(dim.value)] = name
     if not names:

@@ -33,6 +33,10 @@ class Runtime(ABC):
     def __call__(self, pixels: Tensor) -> Tensor:
         """The logits of a batch of any size."""
 
+    def detect(self, image: Tensor) -> dict[str, Tensor]:
+        """What a detector finds in an image, (3, H, W) in 0..1 (see `qtvit.models.Detector`)."""
+        raise NotImplementedError(f"{type(self).__name__} runs no detectors")
+
     def close(self) -> None:  # noqa: B027
         """Free what it holds; it cannot be called any more."""
 
@@ -55,6 +59,11 @@ class Network(Runtime):
     @torch.inference_mode()
     def __call__(self, pixels: Tensor) -> Tensor:
         return self.module(pixels).float()
+
+    @torch.inference_mode()
+    def detect(self, image: Tensor) -> dict[str, Tensor]:
+        [found] = self.module([image.to(self.device)])
+        return found
 
 
 class Exported(Runtime):
@@ -142,6 +151,16 @@ class OnnxFile(Exported):
 
     def _run(self, pixels: Tensor) -> Tensor:
         return torch.from_numpy(self.session.run([OUTPUT], {INPUT: pixels.numpy()})[0])
+
+    def detect(self, image: Tensor) -> dict[str, Tensor]:
+        names = [output.name for output in self.session.get_outputs()]
+        try:
+            found = self.session.run(names, {INPUT: image.numpy()})
+        except Exception as error:  # its errors have no base class of their own
+            height, width = image.shape[-2:]
+            reason = str(error).strip().splitlines()[-1]
+            raise ValueError(f"{self.path}: cannot be run on an image of {width} x {height} px ({reason})") from error
+        return {name: torch.from_numpy(values) for name, values in zip(names, found, strict=True)}
 
     def close(self) -> None:
         self.session = None

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import TwoMLPHead
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
@@ -32,7 +33,7 @@ from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
-from torchvision.models.detection.transform import GeneralizedRCNNTransform
+from torchvision.models.detection.transform import GeneralizedRCNNTransform, resize_boxes
 from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 from torchvision.ops.poolers import LevelMapper
@@ -85,8 +86,8 @@ class Detector(GeneralizedRCNN):
 class PyramidBackbone(Backbone):
     """A network and the feature pyramid on its maps: (B, 3, H, W) -> {"0": (B, C, H / stride, W / stride), …, "pool"}.
 
-    Of the network's maps the pyramid has those from 1/8 of the largest stride on, 4 to 32 for most networks, but none
-    of full resolution; "pool" is the last one at half its resolution, for the largest proposals.
+    Of the network's maps the pyramid has those from 1/8 of the largest stride on, 4 to 32 for most networks; "pool" is
+    the last one at half its resolution, for the largest proposals.
 
     Args:
         body: see `Backbone`.
@@ -103,7 +104,7 @@ class PyramidBackbone(Backbone):
 
     def __init__(self, body: nn.Module, chans: int, norm_layer: Callable[..., nn.Module] | None = None) -> None:
         strides = strides_of(body)
-        super().__init__(body, sum(stride >= max(2, strides[-1] // 8) for stride in strides))
+        super().__init__(body, sum(stride >= strides[-1] // 8 for stride in strides))
         if any(2 * fine != coarse for fine, coarse in zip(self.strides, self.strides[1:], strict=False)):
             raise ValueError(
                 f"{type(body).__name__} has feature maps of strides {', '.join(map(str, self.strides))}; "
@@ -138,16 +139,37 @@ class StrideAnchors(AnchorGenerator):
 
 
 class Resize(GeneralizedRCNNTransform):
-    """torchvision's, which says so if an image is so elongated that nothing would be left of its shorter side."""
+    """torchvision's, with sizes that are computed exactly, which the rounding of a factor can make a pixel smaller."""
+
+    def new_size(self, height: Any, width: Any, shorter: int) -> tuple[Any, Any]:
+        """(H, W) at a shorter side of ``shorter``, or at a longer one of ``max_size`` if that is smaller.
+
+        All may be traced, so that exported files compute the same.
+        """
+        short, long = torch.sym_min(height, width), torch.sym_max(height, width)
+        new: Any = [torch.sym_min(side * shorter // short, side * self.max_size // long) for side in (height, width)]
+        return new[0], new[1]
 
     def resize(self, image: Tensor, target: Any = None) -> Any:
+        """``image`` (3, H, W) and the boxes and masks of ``target`` at the new size.
+
+        Raises:
+            ValueError: an image so elongated that nothing would be left of its shorter side.
+        """
         height, width = image.shape[-2:]
         if min(height, width) * self.max_size < max(height, width):
             raise ValueError(
                 f"an image of {width} x {height} px cannot be resized to a longer side of {self.max_size} px: less "
                 "than a pixel of its shorter side would be left"
             )
-        return super().resize(image, target)
+        shorter = self.torch_choice(list(self.min_size)) if self.training else self.min_size[-1]
+        size = self.new_size(height, width, shorter)
+        image = F.interpolate(image[None], size, mode="bilinear", align_corners=False)[0]
+        if target is not None:
+            target["boxes"] = resize_boxes(target["boxes"], [height, width], list(size))
+            if "masks" in target:
+                target["masks"] = F.interpolate(target["masks"][:, None].float(), size)[:, 0].byte()
+        return image, target
 
 
 class ProposalHead(RPNHead):
@@ -199,6 +221,7 @@ def build_detector(
     fpn_norm: bool = False,
     box_dim: int = 1024,
     anchor_scale: float = 8.0,
+    proposals: int = 1000,
     rois_per_image: int = 512,
     score_thresh: float = 0.05,
     max_detections: int = 100,
@@ -220,7 +243,8 @@ def build_detector(
         fpn_norm: BatchNorms in the pyramid.
         box_dim: channels of the box heads.
         anchor_scale: side of the anchors in strides.
-        rois_per_image: regions on which the heads are trained, at most a quarter of them objects.
+        proposals: regions of an image that the heads look at, the best ones; twice as many to train on.
+        rois_per_image: of these, those on which the heads are trained, at most a quarter of them objects.
         score_thresh: below it, nothing counts as found.
         max_detections: in an image, the best ones.
 
@@ -236,6 +260,7 @@ def build_detector(
     network = build_model(model, **(model_args or {}))
     backbone = PyramidBackbone(network, fpn_chans, nn.BatchNorm2d if fpn_norm else None)
     anchors = StrideAnchors(backbone.strides, anchor_scale)
+    num_proposals = {"training": 2 * proposals, "testing": proposals}
     rpn = RegionProposalNetwork(
         anchors,
         ProposalHead(fpn_chans, anchors.num_anchors_per_location()[0]),
@@ -243,8 +268,8 @@ def build_detector(
         bg_iou_thresh=0.3,
         batch_size_per_image=256,
         positive_fraction=0.5,
-        pre_nms_top_n={"training": 2000, "testing": 1000},
-        post_nms_top_n={"training": 2000, "testing": 1000},
+        pre_nms_top_n=num_proposals,
+        post_nms_top_n=num_proposals,
         nms_thresh=0.7,
     )
     num_outputs = num_classes + 1

@@ -71,8 +71,7 @@ def evaluate_detector(
     seconds = 0.0
     for [image], [target] in progress(loader, desc="Evaluating", unit="image"):
         start = time.perf_counter()
-        [output] = predictor.model([image.to(predictor.device)])
-        output = {name: tensor.cpu() for name, tensor in output.items()}
+        output = {name: tensor.cpu() for name, tensor in predictor.runtime.detect(image).items()}
         seconds += time.perf_counter() - start
         results += coco_results(output, target["image_id"], predictor.category_ids)
     return DetectionEvaluation(

@@ -407,3 +407,49 @@ def test_the_same_in_python(boxes: Path, tmp_path: Path) -> None:
     assert summary.run == str(tmp_path / "run")
     config = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
     assert (config["min_size"], config["max_size"]) == ([32], 53)
+
+
+def test_the_exported_file_finds_the_same(
+    boxes: Path, detector: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["export", str(detector), "--data", str(boxes), "--out", "model.onnx"]) == 0
+    said = capsys.readouterr()
+    assert "images of 40x40 to 40x96 px" in said.out
+    assert " 0 not found by the file, 0 found by it alone" in said.out
+    assert "5 images of val" in said.out
+    for model, report in ((detector, "network"), ("model.onnx", "file")):
+        command = ["eval", str(model), "--data", str(boxes), "--output", report, "--num-workers", "0"]
+        assert main(command) == 0
+    ours, theirs = (json.loads((tmp_path / name / "scores.json").read_text()) for name in ("network", "file"))
+    assert all(theirs[name] == pytest.approx(ours[name], abs=0.5) for name in ("box_ap", "box_ap50", "mask_ap"))
+    network, file = qtvit.load(detector), qtvit.load("model.onnx")
+    for size in ((97, 211), (33, 20), (150, 150)):
+        picture = Image.open(boxes / "val" / "3.png").resize(size)
+        ours, theirs = (predictor.predict(picture, score_threshold=0.3) for predictor in (network, file))
+        assert theirs.labels == ours.labels
+        assert theirs.category_ids == ours.category_ids
+        torch.testing.assert_close(theirs.boxes, ours.boxes, rtol=1e-3, atol=1e-2)
+        assert theirs.masks.shape == ours.masks.shape == (len(ours), size[1], size[0])
+        assert (theirs.masks == ours.masks).float().mean() > 0.999
+    assert len(file.predict(Image.new("RGB", (64, 48), (120, 120, 120)))) == 0
+    with pytest.raises(ValueError, match=r"model.onnx: cannot be run on an image of 400 x 1 px"):
+        file.predict(Image.new("RGB", (400, 1)))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--format", "openvino"], "--format onnx --precision fp32, not openvino and fp32"),
+        (["--precision", "fp16"], "--format onnx --precision fp32, not onnx and fp16"),
+        (["--img-size", "64"], "--img-size: the file of a detector takes images of any size"),
+        (["--dynamic", "batch,hw"], "--dynamic batch,hw: the file of a detector takes one image of any size"),
+        (["--dynamic", "none"], "--dynamic none: the file of a detector takes one image of any size"),
+    ],
+)
+def test_what_the_file_of_a_detector_does_not_have_is_said(
+    detector: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str
+) -> None:
+    assert main(["export", str(detector), *options]) == 2
+    assert message in capsys.readouterr().err
+    assert not list(detector.glob("model.*"))

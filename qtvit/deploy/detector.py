@@ -1,0 +1,185 @@
+"""Exporting a detector to ONNX: one file from an image of any size to boxes, labels, scores and masks in its pixels.
+
+The file is made of two graphs. The network and its pyramid go the way of all our networks, through ``torch.export``.
+What torchvision's heads do depends on how many boxes are left, which that cannot follow; they go through the tracing
+exporter, for which torchvision has forms of its own.
+
+Shapes: H x W image, n objects.
+"""
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchvision.models.detection.image_list import ImageList
+from torchvision.ops import box_iou
+
+from qtvit.console import progress
+from qtvit.data import ImageSource, open_image
+from qtvit.models import Detector
+
+from .artifact import DETECTIONS, METADATA_KEY, Artifact
+from .detections import to_pixels
+from .formats import OPSET, onnx_program, quiet_tools, trace
+from .runtimes import Runtime
+
+COUNTED = 0.3
+"""Score from which on an object of one of the two has to be one of the other, too."""
+SAME_IOU, SAME_SCORE = 0.95, 0.01
+"""Two objects of the same class are the same if their boxes overlap by so much and their scores differ by no more."""
+MIN_MATCHED = 0.99
+"""Part of all objects that have to be found by both."""
+SIZES = "sizes"
+"""Name of what the first graph hands to the second besides the maps: H, W, and those of the resized image."""
+
+
+class Maps(nn.Module):
+    """(3, H, W) in 0..1 -> ``sizes`` (4,): H, W and those of the resized image; and the pyramid's maps."""
+
+    def __init__(self, detector: Detector) -> None:
+        super().__init__()
+        self.transform = detector.transform
+        self.backbone = detector.backbone
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        resize: Any = self.transform
+        height, width = images.shape[-2:]
+        new_height, new_width = resize.new_size(height, width, resize.min_size[-1])
+        x = F.interpolate(resize.normalize(images)[None], (new_height, new_width), mode="bilinear", align_corners=False)
+        x = F.pad(x, (0, -new_width % resize.size_divisible, 0, -new_height % resize.size_divisible))
+        sizes = [torch.full((), side, dtype=torch.int64) for side in (height, width, new_height, new_width)]
+        return torch.stack(sizes), *self.backbone(x).values()
+
+
+class Heads(nn.Module):
+    """``sizes`` and the maps -> boxes (n, 4), labels (n,), scores (n,) and, with mask heads, masks (n, 1, H, W)."""
+
+    def __init__(self, detector: Detector) -> None:
+        super().__init__()
+        self.transform = detector.transform
+        self.rpn = detector.rpn
+        self.roi_heads = detector.roi_heads
+
+    def forward(self, sizes: Tensor, *maps: Tensor) -> tuple[Tensor, ...]:
+        height, width, *resized = sizes.unbind()
+        features = {**{str(i): x for i, x in enumerate(maps[:-1])}, "pool": maps[-1]}
+        shapes: Any = [tuple(resized)]
+        proposals, _ = self.rpn(ImageList(maps[0], shapes), features)
+        found, _ = self.roi_heads(features, proposals, shapes)
+        [result] = self.transform.postprocess(found, shapes, [(height, width)])
+        return tuple(result[name] for name in DETECTIONS if name in result)
+
+
+def write_detector(detector: Detector, artifact: Artifact, path: Path) -> None:
+    """Write ``detector``, ready for inference and in fp32, as one .onnx file.
+
+    Raises:
+        ValueError: the network cannot be written like that.
+    """
+    import onnx.compose
+
+    parts = Maps(detector).eval(), Heads(detector).eval()
+    example = torch.zeros(3, detector.transform.min_size[-1] + 1, detector.transform.min_size[-1] + 9)
+    with torch.no_grad():
+        maps = parts[0](example)
+    names = [SIZES, *(f"map{i}" for i in range(len(maps) - 1))]
+    program = onnx_program(trace(parts[0], example, {1, 2}, artifact), names, artifact)
+    first, second = program.model_proto, _trace_heads(parts[1], maps, names, artifact)
+    second.ir_version = first.ir_version
+    second = onnx.compose.add_prefix(second, "heads/", rename_inputs=False, rename_outputs=False)
+    model = onnx.compose.merge_models(first, second, io_map=[(name, name) for name in names])
+    del model.graph.value_info[:]  # shapes of the example
+    onnx.helper.set_model_props(model, {METADATA_KEY: artifact.to_json()})
+    onnx.save(model, path)
+
+
+def _trace_heads(heads: Heads, maps: tuple[Tensor, ...], names: Sequence[str], artifact: Artifact) -> Any:
+    """The ``onnx.ModelProto`` of the heads."""
+    import onnx
+
+    outputs = [name for name in DETECTIONS if name != "masks" or artifact.info.task_args["masks"]]
+    axes: dict[str, dict[int, str]] = {name: {2: f"height_{name}", 3: f"width_{name}"} for name in names[1:]}
+    axes |= {name: {0: "num_objects"} for name in outputs}
+    if "masks" in outputs:
+        axes["masks"] |= {2: "height", 3: "width"}
+    with quiet_tools(), torch.no_grad(), tempfile.TemporaryDirectory(prefix="qtvit-") as folder:
+        file = Path(folder, "heads.onnx")
+        torch.onnx.export(
+            heads,
+            maps,
+            file,
+            dynamo=False,
+            opset_version=OPSET,
+            input_names=names,
+            output_names=outputs,
+            dynamic_axes=axes,
+        )
+        return onnx.load(file)
+
+
+@dataclass(frozen=True)
+class DetectorReport:
+    """The file next to the detector on some images.
+
+    Attributes:
+        img_sizes: smallest and largest (H, W), by area.
+        num_images: on which both were run.
+        num_objects: that the detector finds with a score of `COUNTED` or more.
+        num_missing: those of them that the file does not find.
+        num_surplus: what the file finds so, and the detector does not.
+    """
+
+    img_sizes: tuple[tuple[int, int], tuple[int, int]]
+    num_images: int
+    num_objects: int
+    num_missing: int
+    num_surplus: int
+
+    def problem(self) -> str | None:
+        """What is wrong with the file, if anything is."""
+        if self.num_missing + self.num_surplus > (1 - MIN_MATCHED) * self.num_objects:
+            return (
+                f"of {self.num_objects} objects, {self.num_missing} are not found by it, and {self.num_surplus} others "
+                f"are; {MIN_MATCHED:.0%} have to be the same"
+            )
+        return None
+
+    def lines(self) -> list[str]:
+        """In words."""
+        smallest, largest = ("x".join(map(str, size)) for size in self.img_sizes)
+        images = f"{self.num_images} images of {smallest} to {largest} px"
+        if not self.num_objects + self.num_surplus:
+            return [f"{images}: nothing found in any, by neither; --data or --calibration gives typical ones"]
+        return [
+            f"{images}, {self.num_objects} objects with a score of {COUNTED} or more: {self.num_missing} not found by "
+            f"the file, {self.num_surplus} found by it alone"
+        ]
+
+
+def check_detector(detector: Runtime, exported: Runtime, images: Sequence[ImageSource]) -> DetectorReport:
+    """Run both on ``images``, each at its own size and once turned on its side."""
+    sizes: list[tuple[int, int]] = []
+    num_objects = num_missing = num_surplus = 0
+    for image in progress(images, desc="Checking", unit="image"):
+        upright = to_pixels(open_image(image))
+        for pixels in (upright, upright.mT.contiguous()):
+            expected, found = detector.detect(pixels), exported.detect(pixels)
+            sizes.append((pixels.shape[-2], pixels.shape[-1]))
+            num_objects += int((expected["scores"] >= COUNTED).sum())
+            num_missing += _num_without_partner(expected, found)
+            num_surplus += _num_without_partner(found, expected)
+    by_area = sorted(sizes, key=lambda size: size[0] * size[1])
+    return DetectorReport((by_area[0], by_area[-1]), len(sizes), num_objects, num_missing, num_surplus)
+
+
+def _num_without_partner(objects: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> int:
+    """How many of the ``objects`` that count are not the same as one of ``others``."""
+    same = box_iou(objects["boxes"].cpu(), others["boxes"].cpu()) >= SAME_IOU
+    same &= objects["labels"].cpu()[:, None] == others["labels"].cpu()
+    same &= (objects["scores"].cpu()[:, None] - others["scores"].cpu()).abs() <= SAME_SCORE
+    return int(((objects["scores"].cpu() >= COUNTED) & ~same.any(1)).sum())
