@@ -24,7 +24,8 @@ class Backbone(nn.Module):
 
     Args:
         body: a network of ours or timm's with ``forward_intermediates``; what it does not need is taken out of it.
-        num_maps: how many maps, the last ones; None: all.
+        num_maps: how many maps, the last ones; None: all. One at full resolution, as of `qtvit_nano`, is never among
+            them: heads on it would take much time for little.
 
     Attributes:
         channels: of the maps.
@@ -39,7 +40,7 @@ class Backbone(nn.Module):
         super().__init__()
         network: Any = body
         strides = strides_of(body)
-        self.indices = list(range(len(strides)))[-(num_maps or len(strides)) :]
+        self.indices = [i for i, stride in enumerate(strides) if stride > 1][-(num_maps or len(strides)) :]
         self.strides = [strides[i] for i in self.indices]
         self.channels: list[int] = [network.feature_info[i]["num_chs"] for i in self.indices]
         self.body = body

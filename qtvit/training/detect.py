@@ -59,6 +59,7 @@ HEADS = {
     "fpn_norm": False,
     "box_dim": 1024,
     "anchor_scale": 8.0,
+    "proposals": 1000,
     "rois_per_image": 512,
 }
 """What `HeadsConfig` leaves open, unless the checkpoint says it."""

@@ -16,7 +16,8 @@ class HeadsConfig:
         fpn_norm: BatchNorms in the pyramid; default: false.
         box_dim: channels of the box heads; default: 1024.
         anchor_scale: side of the anchors in strides of the feature maps; default: 8.
-        rois_per_image: regions that the heads are trained on; default: 512.
+        proposals: regions of an image that the heads look at, twice as many in training; default: 1000.
+        rois_per_image: of these, those that the heads are trained on; default: 512.
     """
 
     cascade: bool | None = None
@@ -24,10 +25,11 @@ class HeadsConfig:
     fpn_norm: bool | None = None
     box_dim: int | None = None
     anchor_scale: float | None = None
+    proposals: int | None = None
     rois_per_image: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("fpn_chans", "box_dim", "rois_per_image"):
+        for name in ("fpn_chans", "box_dim", "proposals", "rois_per_image"):
             value = getattr(self, name)
             require(value is None or value >= 1, f"heads.{name}", value, "1 or more")
         require(
