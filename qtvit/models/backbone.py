@@ -24,8 +24,8 @@ class Backbone(nn.Module):
 
     Args:
         body: a network of ours or timm's with ``forward_intermediates``; what it does not need is taken out of it.
-        num_maps: how many maps, the last ones; None: all. One at full resolution, as of `qtvit_nano`, is never among
-            them: heads on it would take much time for little.
+        num_maps: how many maps, the last ones; None: all. One at full resolution, as of `qtvit_nano`, is not among them
+            if there are two others: heads on it would take much time for little.
 
     Attributes:
         channels: of the maps.
@@ -40,7 +40,8 @@ class Backbone(nn.Module):
         super().__init__()
         network: Any = body
         strides = strides_of(body)
-        self.indices = [i for i, stride in enumerate(strides) if stride > 1][-(num_maps or len(strides)) :]
+        first = strides.count(1) if len(strides) - strides.count(1) > 1 else 0
+        self.indices = list(range(first, len(strides)))[-(num_maps or len(strides)) :]
         self.strides = [strides[i] for i in self.indices]
         self.channels: list[int] = [network.feature_info[i]["num_chs"] for i in self.indices]
         self.body = body

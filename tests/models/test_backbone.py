@@ -109,3 +109,15 @@ def test_weights_that_do_not_fit(classifier: Any) -> None:
 def test_a_network_without_maps() -> None:
     with pytest.raises(ValueError, match="Linear gives no feature maps"):
         Backbone(nn.Linear(3, 3))
+
+
+def test_maps_at_full_resolution_are_left_out_if_two_others_remain() -> None:
+    nano = build_model("qtvit_nano")
+    assert [stage["reduction"] for stage in nano.feature_info] == [1, 2, 4]
+    backbone = Backbone(nano)
+    assert (backbone.channels, backbone.strides) == ([48, 96], [2, 4])
+    assert [tuple(x.shape) for x in backbone(pixels(16, 24))] == [(2, 48, 8, 12), (2, 96, 4, 6)]
+    nano = build_model("qtvit_nano")
+    del nano.feature_info[0]
+    nano.feature_info[0]["reduction"] = 1
+    assert Backbone(nano).strides == [1, 4]

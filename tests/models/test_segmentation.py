@@ -92,7 +92,7 @@ def test_heads_are_put_on_the_last_stages(shrunken: None, name: str, head: str) 
         logits: Any = model(torch.empty(2, 3, 96, 160))
     assert logits["out"].shape == (2, 3, 96 // strides[0], 160 // strides[0])
     assert logits["aux"].shape == (2, 3, 96 // strides[-2], 160 // strides[-2])
-    finest = {"qtvit_1": 16, "qtvit_nano": 8, "test_resnet": 48}[name]
+    finest = {"qtvit_1": 16, "qtvit_nano": 16, "test_resnet": 48}[name]
     classifier: Any = model.head.classifier
     assert classifier.conv.in_channels == {"upernet": 512, "light": 4 * finest}[head]
 
@@ -189,7 +189,7 @@ def test_one_batch_is_learnt(shrunken: None, head: str) -> None:
         masks[i, :, border:] = 1
     model = build_segmenter("qtvit_nano", num_classes=2, head=head, channels=16)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
-    for _ in range(20):
+    for _ in range(40):
         logits: Any = model(images)
         losses = {name: F.cross_entropy(resize(maps, (32, 48)), masks) for name, maps in logits.items()}
         optimizer.zero_grad()

@@ -117,7 +117,7 @@ def test_eval_writes_results_that_pycocotools_scores_alike(
             evaluation.summarize()
         expected = [None if value < 0 else 100 * value for value in evaluation.stats]
         assert [scores[f"{kind}_{figure}"] for figure in FIGURES] == pytest.approx(expected, abs=1e-4)
-        assert expected[0] > 40
+        assert expected[0] > 30
         assert f"{kind} AP {expected[0]:.2f} %" in printed
     assert f"{'AR small':<12}" in printed
     assert "red" in printed
