@@ -48,12 +48,11 @@ class Maps(nn.Module):
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         resize: Any = self.transform
-        height, width = images.shape[-2:]
-        new_height, new_width = resize.new_size(height, width, resize.min_size[-1])
-        x = F.interpolate(resize.normalize(images)[None], (new_height, new_width), mode="bilinear", align_corners=False)
-        x = F.pad(x, (0, -new_width % resize.size_divisible, 0, -new_height % resize.size_divisible))
-        sizes = [torch.full((), side, dtype=torch.int64) for side in (height, width, new_height, new_width)]
-        return torch.stack(sizes), *self.backbone(x).values()
+        x = resize.scaled(resize.normalize(images), resize.min_size[-1])
+        height, width = x.shape[-2:]
+        sizes = [torch.full((), side, dtype=torch.int64) for side in (*images.shape[-2:], height, width)]
+        x = F.pad(x, (0, -width % resize.size_divisible, 0, -height % resize.size_divisible))
+        return torch.stack(sizes), *self.backbone(x[None]).values()
 
 
 class Heads(nn.Module):

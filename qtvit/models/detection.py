@@ -150,6 +150,12 @@ class Resize(GeneralizedRCNNTransform):
         new: Any = [torch.sym_min(side * shorter // short, side * self.max_size // long) for side in (height, width)]
         return new[0], new[1]
 
+    def scaled(self, image: Tensor, shorter: int) -> Tensor:
+        """``image`` (3, H, W) at its `new_size`."""
+        height, width = image.shape[-2:]
+        size = self.new_size(height, width, shorter)
+        return F.interpolate(image[None], size, mode="bilinear", align_corners=False)[0]
+
     def resize(self, image: Tensor, target: Any = None) -> Any:
         """``image`` (3, H, W) and the boxes and masks of ``target`` at the new size.
 
@@ -163,12 +169,11 @@ class Resize(GeneralizedRCNNTransform):
                 "than a pixel of its shorter side would be left"
             )
         shorter = self.torch_choice(list(self.min_size)) if self.training else self.min_size[-1]
-        size = self.new_size(height, width, shorter)
-        image = F.interpolate(image[None], size, mode="bilinear", align_corners=False)[0]
+        image = self.scaled(image, shorter)
         if target is not None:
-            target["boxes"] = resize_boxes(target["boxes"], [height, width], list(size))
+            target["boxes"] = resize_boxes(target["boxes"], [height, width], list(image.shape[-2:]))
             if "masks" in target:
-                target["masks"] = F.interpolate(target["masks"][:, None].float(), size)[:, 0].byte()
+                target["masks"] = F.interpolate(target["masks"][:, None].float(), image.shape[-2:])[:, 0].byte()
         return image, target
 
 

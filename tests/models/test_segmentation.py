@@ -189,7 +189,7 @@ def test_one_batch_is_learnt(shrunken: None, head: str) -> None:
         masks[i, :, border:] = 1
     model = build_segmenter("qtvit_nano", num_classes=2, head=head, channels=16)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
-    for _ in range(40):
+    for _ in range(30):
         logits: Any = model(images)
         losses = {name: F.cross_entropy(resize(maps, (32, 48)), masks) for name, maps in logits.items()}
         optimizer.zero_grad()

@@ -35,7 +35,7 @@ TINY = (
     "train detect --data {data} --num-workers 0 --num-threads 1 --min-size [40] --max-size 80 --heads.fpn-chans 16 "
     "--heads.box-dim 64 --heads.rois-per-image 16 --augment.photometric 0 --augment.zoom [1,1] --output {output}"
 )
-LEARNT = f"{TINY} --checkpoint nano-cifar10 --batch-size 4 --bn-images 8 --epochs 6 --eval-every 3 --lr 0.004"
+LEARNT = f"{TINY} --checkpoint nano-cifar10 --batch-size 4 --bn-images 8 --epochs 9 --eval-every 3 --lr 0.004"
 SHORT = f"{TINY} --model qtvit_nano --batch-size 4 --bn-images 4 --epochs 1"
 
 
@@ -117,7 +117,7 @@ def test_eval_writes_results_that_pycocotools_scores_alike(
             evaluation.summarize()
         expected = [None if value < 0 else 100 * value for value in evaluation.stats]
         assert [scores[f"{kind}_{figure}"] for figure in FIGURES] == pytest.approx(expected, abs=1e-4)
-        assert expected[0] > 30
+        assert expected[0] > 40
         assert f"{kind} AP {expected[0]:.2f} %" in printed
     assert f"{'AR small':<12}" in printed
     assert "red" in printed
