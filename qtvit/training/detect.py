@@ -10,6 +10,7 @@ from typing import Any
 import timm
 import torch
 from timm.data import resolve_data_config
+from timm.models import PretrainedCfg
 from torch import Tensor, nn
 
 from qtvit import console
@@ -329,7 +330,7 @@ def _normalisation(name: str, source: ModelInfo | None) -> dict[str, list[float]
         given: Mapping[str, Any] = source.task_args if source.task == "detect" else source.preprocess
     else:
         cfg = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
-        given = resolve_data_config(pretrained_cfg=cfg.to_dict() if cfg else {})
+        given = resolve_data_config(pretrained_cfg=(cfg or PretrainedCfg()).to_dict())
     return {key: list(given[key]) for key in ("mean", "std")}
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import timm
 import torch
 from timm.data import resolve_data_config
+from timm.models import PretrainedCfg
 from torch import Tensor, nn
 
 from qtvit import console
@@ -266,7 +267,7 @@ def build_network(config: SegmentConfig, data: SegmentationData) -> tuple[nn.Mod
         given: Mapping[str, Any] = source.preprocess
     else:
         cfg = timm.get_pretrained_cfg(name)
-        given = resolve_data_config(pretrained_cfg=cfg.to_dict() if cfg else {})
+        given = resolve_data_config(pretrained_cfg=(cfg or PretrainedCfg()).to_dict())
     preprocess = SegmentPreprocess(
         config.crop_shape(), config.base_size, config.window, tuple(given["mean"]), tuple(given["std"])
     )

@@ -453,3 +453,9 @@ def test_what_the_file_of_a_detector_does_not_have_is_said(
     assert main(["export", str(detector), *options]) == 2
     assert message in capsys.readouterr().err
     assert not list(detector.glob("model.*"))
+
+
+def test_a_misspelt_model_is_named(boxes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train(SHORT, boxes, tmp_path / "run", "--model", "qtvit_9") == 2
+    assert "unknown model 'qtvit_9'; did you mean" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
