@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 
@@ -96,7 +95,12 @@ def _norm(x: Tensor, norm: Any) -> tuple[Tensor, Callable[[], Tensor]]:
         x, weight, bias, norm.running_mean, norm.running_var, True, momentum or 0.0, norm.eps
     )
     kept = _keep(x)
-    return out, lambda: F.batch_norm(kept(), mean, inv_std.pow(-2), weight, bias, eps=0.0)
+
+    def again() -> Tensor:  # not F.batch_norm, which in some releases of PyTorch refuses an eps of 0
+        cudnn = torch.backends.cudnn.enabled
+        return torch.batch_norm(kept(), weight, bias, mean, inv_std.pow(-2), False, 0.0, 0.0, cudnn)
+
+    return out, again
 
 
 class _Keep(torch.autograd.Function):

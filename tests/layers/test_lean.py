@@ -1,7 +1,9 @@
 """Forgetting and recomputing changes how much is kept for the backward pass, and nothing else."""
 
 import gc
+import inspect
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import pytest
 import torch
@@ -149,6 +151,18 @@ def test_momentum_none_averages_and_no_statistics_are_fine(plain: Callable[[], N
         modules[1](x)
     for got, want in zip(modules[0].buffers(), modules[1].buffers(), strict=True):
         torch.testing.assert_close(got, want)
+
+
+def test_a_torch_that_refuses_an_eps_of_0(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As PyTorch 2.11 does, even where statistics are given."""
+    batch_norm = nn.functional.batch_norm
+
+    def strict(*args: Any, **kwargs: Any) -> Tensor:
+        assert inspect.signature(batch_norm).bind(*args, **kwargs).arguments.get("eps", 1) > 0
+        return batch_norm(*args, **kwargs)
+
+    monkeypatch.setattr(nn.functional, "batch_norm", strict)
+    results(BLOCKS["mb"]("hard_swish").train(), torch.randn(2, 6, 4, 4))
 
 
 def test_where_it_is_not_lean() -> None:
