@@ -57,7 +57,7 @@ def check_segmentation_data(
     Raises:
         FileNotFoundError, ValueError: there is no such folder.
     """
-    root = data_folder(data)
+    root = data_folder(data, "segment")
     problems: Problems = {}
     try:
         layout = read_layout(root)

@@ -151,15 +151,16 @@ def read_folders(root: Path) -> ImageFolders:
     return ImageFolders(classes, train_root, train, val_root, val)
 
 
-def data_folder(data: str) -> Path:
-    """``data`` as a path to a folder that is there, or the error that tells a user what to give instead."""
+def data_folder(data: str, task: str = "classify") -> Path:
+    """``data`` as a path to a folder that is there, or the error that tells what else a user can give for ``task``."""
     root = Path(data)
     if root.is_file():
         raise ValueError(f"{data}: a file, where a folder of images is expected; unpack it if it is an archive")
     if not root.is_dir():
-        raise FileNotFoundError(
-            f"{data}: no such folder (give a folder of images, or '{DIGITS}' for the built-in data)"
-        )
+        sample = f"'{DIGITS}' for the built-in data"
+        if task != "classify":
+            sample = f"draw one: qtvit data scenes DIR --task {task}"
+        raise FileNotFoundError(f"{data}: no such folder (give a folder of images, or {sample})")
     return root
 
 

@@ -248,7 +248,7 @@ def load_held_out(
     Raises:
         FileNotFoundError, ValueError: as `load_detection_data`; or a category that the detector does not know.
     """
-    root = data_folder(data)
+    root = data_folder(data, "detect")
     file, folder, problems = _read_split(root, "val", _annotations(root, "val", annotations), images_dir)
     if file is not None and not problems[IN_CATEGORIES]:
         problems[IN_CATEGORIES] += _category_faults(categories, "what the model was trained on", file)
@@ -295,7 +295,7 @@ def find_splits(
     """Read the annotation files and look for all images, without opening these; arguments and errors as
     `load_detection_data`, but for what is wrong in the files.
     """
-    root = data_folder(data)
+    root = data_folder(data, "detect")
     given = {"train": (train_annotations, train_images_dir), "val": (val_annotations, val_images_dir)}
     files: dict[str, CocoFile] = {}
     folders: dict[str, Path] = {}

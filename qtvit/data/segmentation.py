@@ -131,7 +131,7 @@ def load_segmentation_data(
         ValueError: there is a problem with the data (the first ones are named, and the command that lists all);
             ``train_images`` is not possible.
     """
-    root = data_folder(data)
+    root = data_folder(data, "segment")
     layout = read_layout(root)
     command = f"qtvit data check {data} --task segment"
     command += f" --classes {classes}" if classes is not None else ""

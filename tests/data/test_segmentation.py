@@ -282,6 +282,7 @@ def test_folders_that_are_wrong(tmp_path: Path) -> None:
 
     root = tmp_path / "d"
     assert error_of().startswith("d: no such folder")
+    assert error_of().endswith("qtvit data scenes DIR --task segment)")
     root.mkdir()
     expected = (
         "expected train/images/, train/masks/, val/images/ and val/masks/, or images/train/, masks/train/, images/val/ "
