@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from qtvit import console
 from qtvit.checkpoints import BEST, ModelInfo
 from qtvit.data.sampling import EpochBatches, SeededDataset, StreamBatches, even_batches, fixed_keys
-from qtvit.device import processes, resolve_device
+from qtvit.device import keep_freed_memory, processes, resolve_device
 
 from .callbacks import EpochLines, EstimateBatchNorm, EvaluateEvery, History, SaveBest, SaveState
 from .config import TrainConfig
@@ -143,6 +143,8 @@ def run_job(config: C, make: Callable[[C, torch.device, dict[str, Any]], Job[C, 
     """
     device = resolve_device(config.device)
     check_device(config, device)
+    if device.type == "cpu":
+        keep_freed_memory()
     rank, world_size = processes()
     state, past = find_state(Path(config.resume), world_size) if config.resume else (None, {})
     finished = past.get("finished", False)
