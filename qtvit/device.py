@@ -1,7 +1,8 @@
-"""Devices by name, the processes of a distributed run, and the memory of the CPU."""
+"""Devices by name, and what a run has to do with processes, cores and memory."""
 
 import ctypes
 import os
+import signal
 import sys
 
 import torch
@@ -34,6 +35,16 @@ def resolve_device(name: str = "auto") -> torch.device:
 def processes() -> tuple[int, int]:
     """The number of this process and how many there are, as ``torchrun`` sets them; (0, 1) without it."""
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def num_cores() -> int:
+    """The cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def ignore_interrupts(worker: int) -> None:
+    """For loader processes: Ctrl-C reaches them too, but is for the process that has them to handle."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def keep_freed_memory() -> None:

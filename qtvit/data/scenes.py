@@ -11,8 +11,10 @@ from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw
+from torch.utils.data import DataLoader, Dataset
 
 from qtvit import console
+from qtvit.device import ignore_interrupts, num_cores
 from qtvit.errors import unknown_name
 from qtvit.files import open_folder
 
@@ -46,6 +48,7 @@ SETTINGS_FILE = "scenes.json"
 """In a folder that `write_scenes` has made: what it was asked for."""
 
 _VERSION = 1
+_SCENES_PER_WORKER = 50  # fewer take less time than a process to start
 _EMPTY = 0.03
 _INK = 110  # of 255: the pixels of a digit that count as drawn
 _JPEG_QUALITY = 95
@@ -299,8 +302,14 @@ def write_scenes(
         write = _write_detection if task == "detect" else _write_segmentation
         generator = SceneGenerator(seed)
         for split, number in (("train", num_train), ("val", num_val)):
-            indices = console.progress(range(number), desc=f"Drawing {split}", unit="scene")
-            write(temporary, split, (generator.scene(split, index) for index in indices))
+            workers = min(num_cores(), number // _SCENES_PER_WORKER, 8)
+            scenes: Iterable[Scene] = DataLoader(
+                _Scenes(generator, split, number),
+                batch_size=None,
+                num_workers=workers if workers > 1 else 0,
+                worker_init_fn=ignore_interrupts,
+            )
+            write(temporary, split, console.progress(scenes, total=number, desc=f"Drawing {split}", unit="scene"))
         if task == "segment":
             lines = [
                 f"{name}: {red} {green} {blue}\n" for name, (red, green, blue) in zip(_CLASSES, _COLORS, strict=True)
@@ -312,6 +321,21 @@ def write_scenes(
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     return folder
+
+
+class _Scenes(Dataset[Scene]):
+    """The first ``number`` scenes of a split."""
+
+    def __init__(self, generator: SceneGenerator, split: str, number: int) -> None:
+        self.generator = generator
+        self.split = split
+        self.number = number
+
+    def __len__(self) -> int:
+        return self.number
+
+    def __getitem__(self, index: int) -> Scene:
+        return self.generator.scene(self.split, index)
 
 
 def _settings_of(folder: Path) -> Any:

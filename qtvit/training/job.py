@@ -16,13 +16,13 @@ from torch.utils.data import DataLoader, Dataset
 from qtvit import console
 from qtvit.checkpoints import BEST, ModelInfo
 from qtvit.data.sampling import EpochBatches, SeededDataset, StreamBatches, even_batches, fixed_keys
-from qtvit.device import keep_freed_memory, processes, resolve_device
+from qtvit.device import ignore_interrupts, keep_freed_memory, processes, resolve_device
 
 from .callbacks import EpochLines, EstimateBatchNorm, EvaluateEvery, History, SaveBest, SaveState
 from .config import TrainConfig
 from .finite import StopAtNonFinite
 from .options import save_config
-from .run import build_trainer, check_device, default_workers, find_state, ignore_interrupts, open_run, set_threads
+from .run import build_trainer, check_device, default_workers, find_state, open_run, set_threads
 from .task import Task
 
 SUMMARY = "summary.json"

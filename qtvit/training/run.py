@@ -5,7 +5,6 @@ import logging
 import os
 import re
 import shutil
-import signal
 import sys
 import warnings
 from collections.abc import Iterator
@@ -21,7 +20,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from qtvit import console
 from qtvit.checkpoints import BEST
-from qtvit.device import processes
+from qtvit.device import num_cores, processes
 from qtvit.files import open_folder
 
 from .callbacks import LAST, PREVIOUS, CheckpointFiles, ProgressBar
@@ -49,11 +48,6 @@ def create_run_folder(output: str | None, default_name: str) -> Path:
         except FileExistsError:
             continue
     raise AssertionError("the numbers do not end")
-
-
-def num_cores() -> int:
-    """The cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def default_workers(in_memory: bool) -> int:
@@ -116,11 +110,6 @@ def clean_up(run: Path) -> Iterator[None]:
         if not any(any(run.glob(name)) for name in (LAST, PREVIOUS, BEST, BAD_BATCH.format("*"))):
             shutil.rmtree(run, ignore_errors=True)
         raise
-
-
-def ignore_interrupts(worker: int) -> None:
-    """For loader processes: Ctrl-C reaches them too, but is for the run to handle."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def find_state(run: Path, world_size: int = 1) -> tuple[Path | None, dict[str, Any]]:

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from torch.utils.data import get_worker_info
 
 from qtvit.data import DetectionDataset, check_detection_data, load_detection_data, write_scenes
 from qtvit.data.scenes import DIGIT_NAMES, Scene, SceneGenerator
@@ -85,6 +86,23 @@ def test_scenes_for_segmentation(tmp_path: Path) -> None:
         assert mask.getpalette()[:6] == [0, 0, 0, 230, 25, 75]
         expected = sum((digit + 1) * m for digit, m in zip(scene.digits, scene.masks.astype(int), strict=True))
         assert np.asarray(mask).tolist() == expected.tolist()
+
+
+def test_several_processes_draw_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one, two = write_scenes(tmp_path / "one", "segment", 5, 1), tmp_path / "two"
+    scene = SceneGenerator.scene
+
+    def in_a_worker(self: SceneGenerator, split: str, index: int) -> Scene:
+        assert split == "val" or get_worker_info() is not None
+        return scene(self, split, index)
+
+    monkeypatch.setattr(SceneGenerator, "scene", in_a_worker)
+    monkeypatch.setattr("qtvit.data.scenes.num_cores", lambda: 2)
+    monkeypatch.setattr("qtvit.data.scenes._SCENES_PER_WORKER", 2)
+    write_scenes(two, "segment", 5, 1)
+    files = [path.relative_to(one) for path in sorted(one.rglob("*")) if path.is_file()]
+    assert len(files) == 2 * 6 + 2
+    assert all((one / path).read_bytes() == (two / path).read_bytes() for path in files)
 
 
 def test_a_folder_is_written_once_and_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,9 +10,9 @@ import pytest
 import torch
 from filelock import FileLock
 
+from qtvit.device import ignore_interrupts
 from qtvit.training.callbacks import LAST, PREVIOUS, EstimateBatchNorm
 from qtvit.training.classify import Classifier
-from qtvit.training.run import ignore_interrupts
 from qtvit_cli import main
 
 from .compare import same_end
