@@ -50,8 +50,8 @@ def ignore_interrupts(worker: int) -> None:
 def keep_freed_memory() -> None:
     """Have glibc keep what tensors leave free, up to 1 GiB, instead of returning it and asking for it anew.
 
-    Each step of a training on the CPU takes and leaves the same memory; a tenth of its time would go into fresh pages,
-    which the system clears. Where the C library is another one, nothing is done.
+    Each step of a training on the CPU takes and leaves the same memory, and a seventh of its time would go into fresh
+    pages, which the system clears. Where the C library is another one, nothing is done.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
