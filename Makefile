@@ -8,7 +8,7 @@ quickstart: .venv/train.stamp  ## train the smallest model on built-in digits
 	$(BIN)/qtvit quickstart
 
 test: .venv/dev.stamp  ## run the tests
-	$(BIN)/pytest --numprocesses auto --dist loadfile
+	$(BIN)/pytest --numprocesses auto --dist loadfile --max-worker-restart 0
 
 lint: .venv/dev.stamp  ## style and types
 	$(BIN)/ruff check .

@@ -4,6 +4,9 @@ import ctypes
 import os
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -53,7 +56,33 @@ def keep_freed_memory() -> None:
     Each step of a training on the CPU takes and leaves the same memory, and a seventh of its time would go into fresh
     pages, which the system clears. Where the C library is another one, nothing is done.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    mallopt = _from_libc("mallopt")
     if mallopt is not None:
         for option, size in _KEPT.items():
             mallopt(option, size)
+
+
+@contextmanager
+def kept_signal_stack() -> Iterator[None]:
+    """Leave this thread with the stack for signal handlers (``sigaltstack``) that it had; around OpenVINO.
+
+    On Linux, each ``openvino.Core`` gives the thread that loads its CPU plugin a stack of its own. When the plugin
+    goes, it frees that, and puts the one before back only if its own is still in use. Of two, the first to go thus
+    leaves the thread with memory that is gone, and the next signal with a handler, such as Ctrl-C or the end of a
+    loader's process, ends the process without a word.
+    """
+    sigaltstack = _from_libc("sigaltstack")
+    if sigaltstack is None:
+        yield
+        return
+    stack = ctypes.create_string_buffer(64)  # larger than a stack_t
+    sigaltstack(None, stack)
+    try:
+        yield
+    finally:
+        sigaltstack(stack, None)
+
+
+def _from_libc(name: str) -> Any:
+    """A function of the C library on Linux, or None."""
+    return getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None

@@ -1,7 +1,9 @@
 """Fixtures for the whole suite: shrunken networks, and weights under which every part of them matters."""
 
+import ctypes
 import os
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tensors are small, and threads that share cores with others crawl
 
@@ -19,6 +21,21 @@ settings.load_profile("qtvit")
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _signal_stack() -> Iterator[None]:
+    """Fails a test that leaves another stack for signal handlers; see `qtvit.device.kept_signal_stack`."""
+    before = _sigaltstack()
+    yield
+    assert _sigaltstack() == before
+
+
+def _sigaltstack() -> bytes:
+    stack = ctypes.create_string_buffer(64)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).sigaltstack(None, stack)
+    return stack.raw
 
 
 @pytest.fixture(scope="session")

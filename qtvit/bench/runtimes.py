@@ -20,6 +20,7 @@ from qtvit.checkpoints import ModelInfo
 from qtvit.deploy.artifact import INPUT, Artifact
 from qtvit.deploy.formats import DTYPES, REQUIRED, write
 from qtvit.deploy.runtimes import OPENVINO_CONFIG, onnx_options
+from qtvit.device import kept_signal_stack
 from qtvit.errors import unknown_name
 
 Run = Callable[[], Tensor]
@@ -132,7 +133,9 @@ def _open_openvino(path: Path, images: Tensor, precision: str) -> Run:
     import openvino
 
     core = openvino.Core()
-    if precision.upper() not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+    with kept_signal_stack():
+        capabilities = core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    if precision.upper() not in capabilities:
         raise ValueError(f"OpenVINO has no {precision} on this CPU")
     model = core.read_model(path)
     model.reshape(list(images.shape))

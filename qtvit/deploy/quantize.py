@@ -14,6 +14,7 @@ from torch import nn
 
 from qtvit.console import say
 from qtvit.data import ImageSource, open_image
+from qtvit.device import kept_signal_stack
 from qtvit.layers import LinearAttention, MultiScaleAttention
 
 from .artifact import INPUT, METADATA_KEY, Artifact
@@ -70,7 +71,7 @@ def _quantize_openvino(
     max_drop: float,
 ) -> Any:
     """The ``openvino.Model`` in int8."""
-    with quiet_tools():
+    with quiet_tools(), kept_signal_stack():
         import nncf
         import openvino
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qtvit.device import resolve_device
+from qtvit.device import kept_signal_stack, resolve_device
 
 from .artifact import INPUT, METADATA_KEY, OUTPUT, Artifact, format_of, no_description
 
@@ -172,17 +172,18 @@ class OpenVINOFile(Exported):
     def _open(self) -> str | None:
         import openvino
 
-        core = openvino.Core()
         keys = [METADATA_KEY, "description"]
         with self.path.open("rb") as file:
             if b"<net" not in file.read(1000):
                 raise ValueError(f"{self.path}: is not a model of OpenVINO")
         if not self.path.with_suffix(".bin").is_file():
             raise FileNotFoundError(f"{self.path}: its weights, {self.path.stem}.bin, are not beside it")
+        core = openvino.Core()
+        config = {**OPENVINO_CONFIG, "INFERENCE_NUM_THREADS": self.threads}
         try:
             model = core.read_model(self.path)
-            config = {**OPENVINO_CONFIG, "INFERENCE_NUM_THREADS": self.threads}
-            self.request: Any = core.compile_model(model, "CPU", config).create_infer_request()
+            with kept_signal_stack():
+                self.request: Any = core.compile_model(model, "CPU", config).create_infer_request()
         except RuntimeError as error:
             raise _unreadable(self.path, "OpenVINO", error) from error
         return model.get_rt_info(keys).astype(str) if model.has_rt_info(keys) else None

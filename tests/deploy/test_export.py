@@ -24,6 +24,7 @@ from qtvit.deploy.artifact import FORMATS, PRECISIONS, Artifact
 from qtvit.deploy.export import RANDOM, Export, default_path, export_model
 from qtvit.deploy.formats import write
 from qtvit.deploy.runtimes import open_exported
+from qtvit.device import kept_signal_stack
 from qtvit.layers import MultiScaleAttention
 from qtvit.version import __version__
 from qtvit_cli import main
@@ -148,12 +149,14 @@ def test_attention_is_typed_fp32_in_half_precision(exported: Exporting) -> None:
 def test_openvino_runs_attention_in_fp32_even_when_it_is_told_otherwise(precision: str, exported: Exporting) -> None:
     file = exported("openvino", precision).files[0]
     core = openvino.Core()
+    with kept_signal_stack():
+        types = core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     half = {"fp16": openvino.Type.f16, "bf16": openvino.Type.bf16}[precision]
     model = core.read_model(file)
     convolutions = [op for op in model.get_ops() if op.get_type_name().endswith("Convolution")]
     assert {op.get_output_element_type(0) for op in convolutions} == {half}
     configs: list[dict[str, str]] = [{"EXECUTION_MODE_HINT": "ACCURACY"}, {}]
-    for hint in {"f16", "bf16"} & {t.lower().replace("fp", "f") for t in capabilities(core)}:
+    for hint in {"f16", "bf16"} & {t.lower().replace("fp", "f") for t in types}:
         configs.append({"INFERENCE_PRECISION_HINT": hint})
     for config in configs:
         executed = core.compile_model(model, "CPU", config).get_runtime_model().get_ops()
@@ -163,10 +166,6 @@ def test_openvino_runs_attention_in_fp32_even_when_it_is_told_otherwise(precisio
         products = [note["runtimePrecision"] for note in notes if note["layerType"] == "MatMul"]
         assert len(products) == 3
         assert set(products) == {"f32"}
-
-
-def capabilities(core: Any) -> list[str]:
-    return core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 
 
 @torch.no_grad()
