@@ -50,7 +50,11 @@ def _add_export(commands: Commands) -> None:
         "--max-drop", type=float, default=1.0, metavar="POINTS", help="of top-1 on --data that may be lost (default: 1)"
     )
     exporting.add_argument(
-        "--out", type=new_file, metavar="PATH", help="file to write (default: RUN/model.onnx, model-int8.onnx, …)"
+        "--out",
+        "--output",
+        type=new_file,
+        metavar="PATH",
+        help="file to write (default: RUN/model.onnx, model-int8.onnx, …)",
     )
     exporting.add_argument("--force", action="store_true", help="replace the file if it exists")
     exporting.set_defaults(command=export)

@@ -413,7 +413,7 @@ def test_the_exported_file_finds_the_same(
     boxes: Path, detector: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert main(["export", str(detector), "--data", str(boxes), "--out", "model.onnx"]) == 0
+    assert main(["export", str(detector), "--data", str(boxes), "--output", "model.onnx"]) == 0
     said = capsys.readouterr()
     assert "images of 40x40 to 40x96 px" in said.out
     assert " 0 not found by the file, 0 found by it alone" in said.out
