@@ -10,8 +10,11 @@ from .images import find_images
 
 IMAGE_FOLDERS = ("images", "image", "imgs", "img")
 MASK_FOLDERS = ("masks", "mask", "labels", "annotations")
-MASK_ENDINGS = ("_mask", "_masks", "_label", "_labels", "_L")
+CITYSCAPES_MASK_ENDINGS = ("_gtFine_labelTrainIds", "_gtFine_labelIds", "_gtFine_color")
+MASK_ENDINGS = ("_mask", "_masks", "_label", "_labels", "_L", *CITYSCAPES_MASK_ENDINGS)
 """What the name of a mask may have beyond that of its image."""
+IMAGE_ENDINGS = ("", "_leftImg8bit")
+"""What the image may have where the mask has that."""
 
 EXPECTED = (
     "expected train/images/, train/masks/, val/images/ and val/masks/, or images/train/, masks/train/, images/val/ and "
@@ -113,7 +116,7 @@ def _names(names: Sequence[str]) -> str:
 
 
 def _pair(images: Path, masks: Path, problems: dict[str, list[str]]) -> list[SegmentationSample]:
-    """The images with their masks, which have the same path but for suffix and `MASK_ENDINGS`."""
+    """The images with their masks, which have the same path but for suffix, `MASK_ENDINGS` and `IMAGE_ENDINGS`."""
     image_files = _by_name(images, (), problems)
     mask_files = _by_name(masks, image_files, problems)
     if not image_files:
@@ -132,13 +135,14 @@ def _pair(images: Path, masks: Path, problems: dict[str, list[str]]) -> list[Seg
 
 
 def _by_name(folder: Path, known: Sequence[str] | dict[str, Path], problems: dict[str, list[str]]) -> dict[str, Path]:
-    """The pictures below ``folder`` by path without suffix, and without an ending if that makes it a ``known`` one."""
+    """The pictures below ``folder`` by path without suffix, and with another ending if only that is a ``known`` one."""
     found: dict[str, Path] = {}
     for path in find_images(folder):
         name = path.relative_to(folder).with_suffix("").as_posix()
         if name not in known:
-            shorter = [name.removesuffix(ending) for ending in MASK_ENDINGS if name.endswith(ending)]
-            name = next((short for short in shorter if short in known), name)
+            stems = [name.removesuffix(ending) for ending in MASK_ENDINGS if name.endswith(ending)]
+            images = [stem + ending for stem in stems for ending in IMAGE_ENDINGS]
+            name = next((image for image in images if image in known), name)
         if name in found:
             problems.setdefault("files of one name", []).append(f"{path}: {found[name].name} has the same name")
         else:

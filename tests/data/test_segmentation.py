@@ -61,12 +61,19 @@ def test_ade20k(tmp_path: Path) -> None:
     assert load_segmentation_data(str(tmp_path)).mask_classes.values == (0, 1, 2)
 
 
-def test_masks_with_an_ending(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("of_image", "of_mask"),
+    [("", "_L"), ("_leftImg8bit", "_gtFine_labelTrainIds"), ("_leftImg8bit", "_leftImg8bit")],
+    ids=["CamVid", "Cityscapes", "renamed"],
+)
+def test_names_with_an_ending(tmp_path: Path, of_image: str, of_mask: str) -> None:
     draw_data(tmp_path)
-    for mask in list(tmp_path.glob("*/masks/**/*.png")):
-        mask.rename(mask.with_name(f"{mask.stem}_L.png"))
+    for kind, ending in (("images", of_image), ("masks", of_mask)):
+        for path in [path for path in tmp_path.glob(f"*/{kind}/**/*") if path.is_file()]:
+            path.rename(path.with_name(f"{path.stem}{ending}{path.suffix}"))
     data = load_segmentation_data(str(tmp_path))
-    assert [sample.mask.name for sample in data.train] == ["0_L.png", "1_L.png", "2_L.png"]
+    assert [sample.image.stem for sample in data.train] == [f"{i}{of_image}" for i in range(3)]
+    assert [sample.mask.name for sample in data.train] == [f"{i}{of_mask}.png" for i in range(3)]
 
 
 def test_text_and_yaml_mean_the_same(tmp_path: Path) -> None:
