@@ -114,7 +114,7 @@ class MaskClasses:
             return None
         unknown = ValueCounts(rest, counts.color, counts.num_rare)
         return (
-            f"colours that no class has: {unknown}"
+            f"colours that no class has: {unknown}; those to ignore go under ignore_colors in classes.yaml"
             if counts.color
             else f"values that no class has: {unknown}; {self._values()}"
         )

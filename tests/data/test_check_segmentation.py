@@ -108,7 +108,8 @@ FAULTS: dict[str, Fault] = {
     "colour": (
         lambda d: colored(d, known=3),
         "colours that no class has",
-        "d/train/masks/0.png: colours that no class has: 255 255 255 (150 px)",
+        "d/train/masks/0.png: colours that no class has: 255 255 255 (150 px); those to ignore go under "
+        "ignore_colors in classes.yaml",
         True,
     ),
     "no colours": (

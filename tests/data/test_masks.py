@@ -81,7 +81,8 @@ def test_unknown_colours(tmp_path: Path, color: tuple[int, int, int]) -> None:
     with pytest.raises(ValueError, match="colours that no class has") as error:
         classes.read(tmp_path / "mask.png")
     shown = format_color(color)
-    assert str(error.value) == f"{tmp_path}/mask.png: colours that no class has: 1 0 0 (211 px), {shown} (2 px)"
+    unknown = f"{tmp_path}/mask.png: colours that no class has: 1 0 0 (211 px), {shown} (2 px)"
+    assert str(error.value) == f"{unknown}; those to ignore go under ignore_colors in classes.yaml"
     pixels[8] = (10, 0, 0)
     Image.fromarray(pixels).save(tmp_path / "mask.png")
     with pytest.raises(ValueError, match=f"has: {shown} "):
