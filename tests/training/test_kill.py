@@ -49,6 +49,7 @@ def work(argv: Sequence[str], log: Path, kill: tuple[str, int] | None, file_byte
     """The command in a process of its own, which dies before the ``call``-th of the ``kill`` moments, and cannot write
     files of more than ``file_bytes``. Its report has no pictures, to save time.
     """
+    multiprocessing.set_start_method("fork", force=True)  # its loaders' processes notice its end, the server's do not
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
