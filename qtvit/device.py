@@ -1,4 +1,4 @@
-"""Devices by name, and what a run has to do with processes, cores and memory."""
+"""Devices by name, and what a run has to do with processes, cores, memory and signals."""
 
 import ctypes
 import os
