@@ -154,6 +154,7 @@ def predict(args: argparse.Namespace) -> None:
     predictions = zip(files, found, strict=True)
     rows: list[dict[str, Any]] = []
     skipped: list[str] = []
+    masks: list[Path] = []
     for file, prediction in console.progress(predictions, total=len(files), desc="Predicting", unit="image"):
         name = os.fsencode(file).decode(errors="replace")  # file names may be in another encoding
         if prediction is None:
@@ -165,8 +166,8 @@ def predict(args: argparse.Namespace) -> None:
             picture, captions = task.picture(open_image(file), prediction, predictor)
             writer.add(picture, files[file], captions)
             if isinstance(writer, FolderWriter) and (mask := task.mask(prediction)) is not None:
-                written = writer.written[-1]
-                mask.save(written.with_name(f"{written.stem}_mask.png"))
+                masks.append(writer.written[-1].with_name(f"{writer.written[-1].stem}_mask.png"))
+                mask.save(masks[-1])
     if not rows:
         raise ValueError(f"none of the {len(skipped)} images can be read: {some(skipped)}")
     if skipped:
@@ -178,6 +179,8 @@ def predict(args: argparse.Namespace) -> None:
     if writer:
         writer.close()
         print(f"written: {some(writer.written)}")
+    if masks:
+        print(f"masks: {some(masks)}")
 
 
 def _find_files(names: Sequence[str]) -> dict[Path, Path]:

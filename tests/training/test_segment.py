@@ -130,8 +130,11 @@ def test_predict_draws_and_writes(
         with Image.open(tmp_path / "drawn" / f"{name}.png") as drawn:
             assert drawn.width == row["width"]
             assert drawn.height > row["height"]  # the legend
-    assert "ground" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "ground" in said
+    assert f"\nmasks: {str(tmp_path)[:20]}" in said  # long paths are shortened
     assert main(["predict", str(segmented), str(folder), "--save", "sheet.png"]) == 0
+    assert "masks: " not in capsys.readouterr().out
     assert Path("sheet.png").is_file()
 
 
