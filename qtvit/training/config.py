@@ -14,8 +14,11 @@ class OptimConfig:
     """Optimiser and schedule.
 
     Args:
-        weight_decay: of AdamW; not applied to norms and biases.
-        betas: of AdamW.
+        name: adamw; or muon, which makes the update of each weight matrix orthogonal (Jordan et al. 2024; timm's, in
+            AdamW's learning rates) and leaves depthwise convolutions, norms, biases and positional maps to NAdamW.
+        weight_decay: not applied to norms and biases.
+        betas: of AdamW and NAdamW.
+        momentum: of muon's matrices.
         warmup_epochs: epochs over which the learning rate rises linearly, the first of ``epochs`` (at most
             half of them); then it falls along a cosine.
         drop_path_ramp: let the model's drop_path_rate rise linearly from 0 after the warm-up to its value at the end.
@@ -24,8 +27,10 @@ class OptimConfig:
             to fine-tune.
     """
 
+    name: Literal["adamw", "muon"] = "adamw"
     weight_decay: float = 0.05
     betas: tuple[float, float] = (0.9, 0.999)
+    momentum: float = 0.95
     warmup_epochs: float = 1.0
     drop_path_ramp: bool = False
     grad_clip: float | None = 2.0
@@ -34,6 +39,7 @@ class OptimConfig:
     def __post_init__(self) -> None:
         require(self.weight_decay >= 0, "optim.weight_decay", self.weight_decay, "0 or more")
         require(all(0 <= beta < 1 for beta in self.betas), "optim.betas", self.betas, "two numbers from 0 to below 1")
+        require(0 <= self.momentum < 1, "optim.momentum", self.momentum, "from 0 to below 1")
         require(self.warmup_epochs >= 0, "optim.warmup_epochs", self.warmup_epochs, "0 or more")
         require(self.grad_clip is None or self.grad_clip > 0, "optim.grad_clip", self.grad_clip, "more than 0, or null")
         require(0 < self.layer_decay <= 1, "optim.layer_decay", self.layer_decay, "above 0, at most 1")

@@ -1,13 +1,16 @@
-"""Which parameters are trained, with what decay, and at which learning rate."""
+"""Which parameters are trained, by what optimiser, with what decay, and at which learning rate."""
 
 import math
 from typing import Any
 
+import torch
 from timm.models import group_parameters
-from timm.optim import param_groups_layer_decay, param_groups_weight_decay
+from timm.optim import Muon, param_groups_layer_decay, param_groups_weight_decay
 from torch import nn
 
 from qtvit.models import QTViT
+
+from .config import OptimConfig
 
 
 def warmup_cosine(step: int, *, num_steps: int, num_warmup: int) -> float:
@@ -44,6 +47,14 @@ def parameter_groups(
         {"params": [p for name, p in trained if name in exempt], "weight_decay": 0.0},
         {"params": [p for name, p in trained if name not in exempt], "weight_decay": weight_decay},
     ]
+
+
+def make_optimizer(model: nn.Module, lr: float, config: OptimConfig) -> torch.optim.Optimizer:
+    """The optimiser of the trainable parameters of ``model``; see `OptimConfig`."""
+    groups = parameter_groups(model, lr, config.weight_decay, config.layer_decay)
+    if config.name == "muon":
+        return Muon(groups, lr=lr, betas=config.betas, momentum=config.momentum, nesterov=True)
+    return torch.optim.AdamW(groups, lr=lr, betas=config.betas)
 
 
 def freeze(model: nn.Module, what: str | None) -> list[nn.Module]:

@@ -14,7 +14,7 @@ from qtvit.layers import set_drop_path
 
 from .config import TrainConfig
 from .ema import MovingAverage
-from .optim import batch_norms, freeze, parameter_groups, warmup_cosine
+from .optim import batch_norms, freeze, make_optimizer, warmup_cosine
 
 
 class Task(lightning.LightningModule):
@@ -113,9 +113,7 @@ class Task(lightning.LightningModule):
 
     def configure_optimizers(self) -> Any:
         config, optim = self.config, self.config.optim
-        lr = config.lr * self.trainer.world_size
-        groups = parameter_groups(self.model, lr, optim.weight_decay, optim.layer_decay)
-        optimizer = torch.optim.AdamW(groups, lr=lr, betas=optim.betas)
+        optimizer = make_optimizer(self.model, config.lr * self.trainer.world_size, optim)
         self.num_steps = int(self.trainer.estimated_stepping_batches)
         self.num_warmup = round(self.num_steps * min(optim.warmup_epochs / config.epochs, 0.5))
         schedule = torch.optim.lr_scheduler.LambdaLR(

@@ -140,6 +140,8 @@ def test_imagenet_recipes_are_the_published_ones(number: int) -> None:
         (["--optim.label-smoothing", "1"], "--optim.label-smoothing must be"),
         (["--recipe", "quikstart"], "unknown recipe 'quikstart'; did you mean quickstart"),
         (["--optim.loss", "mse"], "--optim.loss: Expected a Literal"),
+        (["--optim.name", "sgd"], "--optim.name: Expected a Literal"),
+        (["--optim.momentum", "1"], "--optim.momentum must be from 0 to below 1, got 1.0"),
         (
             ["--augment.mixup", "0.7", "--augment.cutmix", "0.5"],
             "--augment.cutmix must be at most 0.3 beside mixup 0.7",

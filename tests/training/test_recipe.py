@@ -20,6 +20,8 @@ from qtvit.models import QTViT
 from qtvit.training import mixing
 from qtvit.training.classify import Classifier, classification_loss
 from qtvit.training.classify_config import ClassifyConfig
+from qtvit.training.config import OptimConfig
+from qtvit.training.optim import make_optimizer
 
 from .fit import NUM_CLASSES, Batch, configured, fit, random_batches
 
@@ -184,6 +186,43 @@ def test_the_learning_rate_is_multiplied_by_the_processes(world_size: int, netwo
     assert seen[320] == pytest.approx(0, abs=1e-12)
     assert optimizer.defaults["betas"] == (0.9, 0.999)
     assert optimizer.defaults["eps"] == 1e-8
+
+
+def test_muon_orthogonalises_the_updates_of_matrices_alone(network: Network) -> None:
+    model, lr = network(), 0.01
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    optimizer = make_optimizer(model, lr, OptimConfig(name="muon", weight_decay=0.0, momentum=0.9, betas=(0.8, 0.9)))
+    assert all(group["momentum"] == 0.9 for group in optimizer.param_groups)
+    optimizer.step()
+    matrices = set()
+    for name, parameter in model.named_parameters():
+        update = (before[name] - parameter.detach()) / lr
+        if update.ndim > 1 and 1 not in update.shape[:2]:
+            matrices.add(name)
+            sides = update.flatten(1).shape
+            scaled = torch.linalg.svdvals(update.flatten(1)) / (0.2 * max(sides) ** 0.5)
+            assert scaled.median() == pytest.approx(1, abs=0.15), name
+            assert scaled.max() < 1.25, name
+        else:  # the first step of Adam with Nesterov's momentum is as long for every entry
+            torch.testing.assert_close(update.abs(), torch.full_like(update, 1.8), rtol=0.02, atol=0, msg=name)
+    assert {"stages.0.0.conv.weight", "stages.1.1.attn.qkv.weight", "head.fc.weight"} <= matrices
+    assert not any(part in name for name in matrices for part in ("depth_conv", "pos_embed", "aggregate.0", "norm"))
+
+
+def test_muon_decays_what_adamw_does(network: Network) -> None:
+    decayed = []
+    for name in ("adamw", "muon"):
+        model = network()
+        before = {key: parameter.detach().clone() for key, parameter in model.named_parameters()}
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        make_optimizer(model, 0.1, OptimConfig(name=name, weight_decay=0.5)).step()
+        for key, parameter in model.named_parameters():
+            torch.testing.assert_close(parameter, before[key] * (1 if key in model.no_weight_decay() else 0.95))
+        decayed.append(model.state_dict())
+    assert difference(*decayed) < 1e-7
 
 
 def test_cross_entropy_is_torchs() -> None:

@@ -160,6 +160,8 @@ def test_an_interrupted_run_goes_on_to_the_same_end(
         "3",
         "--loss.class-weights",
         "balanced",
+        "--optim.name",
+        "muon",
         "--ema.decay",
         "0.5",
         "--checkpoint-every-steps",
