@@ -166,7 +166,8 @@ def predict(args: argparse.Namespace) -> None:
             picture, captions = task.picture(open_image(file), prediction, predictor)
             writer.add(picture, files[file], captions)
             if isinstance(writer, FolderWriter) and (mask := task.mask(prediction)) is not None:
-                masks.append(writer.written[-1].with_name(f"{writer.written[-1].stem}_mask.png"))
+                written = writer.written[-1]
+                masks.append(written.with_name(f"{written.stem}_mask.png"))
                 mask.save(masks[-1])
     if not rows:
         raise ValueError(f"none of the {len(skipped)} images can be read: {some(skipped)}")
