@@ -25,10 +25,13 @@ def _seed() -> None:
 
 @pytest.fixture(autouse=True)
 def _signal_stack() -> Iterator[None]:
-    """Fails a test that leaves another stack for signal handlers; see `qtvit.device.kept_signal_stack`."""
+    """Fails a test that leaves OpenVINO's stack for signal handlers; see `qtvit.device.kept_signal_stack`.
+
+    Other libraries may set one, and keep it: so does what Lightning imports on some machines with GPUs.
+    """
     before = _sigaltstack()
     yield
-    assert _sigaltstack() == before
+    assert "openvino" not in sys.modules or _sigaltstack() == before
 
 
 def _sigaltstack() -> bytes:
