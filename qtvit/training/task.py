@@ -80,7 +80,7 @@ class Task(lightning.LightningModule):
         """Take the loss of a step, and its ``loss_parts``, into the means of the epoch."""
         losses = {"loss": loss, **(parts or {})}
         counted = [losses[name].detach().float() * num_images for name in self.loss_names]
-        self.loss_sums = self.loss_sums.to(loss.device) + torch.stack([*counted, counted[0].new_tensor(num_images)])
+        self.loss_sums = self.loss_sums.to(loss.device) + torch.stack([*counted, counted[0].new_full((), num_images)])
         self.log("loss", loss.detach(), prog_bar=True, logger=False)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
