@@ -16,17 +16,15 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
+from qtvit.ops.attention import is_eager_training
+
 
 def is_lean(x: Tensor, *norms: nn.Module) -> bool:
     """Whether there is anything to gain for ``x`` here: eager training of plain tensors (no fx proxies), through
     BatchNorms that use the statistics of their own batch (none that are frozen or synchronised).
     """
-    return (
-        type(x) is Tensor
-        and torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
-        and not torch._C._are_functorch_transforms_active()
-        and all(type(norm) in (nn.BatchNorm1d, nn.BatchNorm2d) and norm.training for norm in norms)
+    return is_eager_training(x) and all(
+        type(norm) in (nn.BatchNorm1d, nn.BatchNorm2d) and norm.training for norm in norms
     )
 
 

@@ -13,7 +13,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from qtvit.errors import unknown_name
 
-from .kernels import KERNELS, Kernel
+from .kernels import KERNELS, LARGEST, SQUARE_EPS, Kernel, taylor2, unit_square, unit_square_and_norm
 
 TINY = 1e-6
 """An eps below it is a floor of the sum of weights in exported graphs: the exporter to ONNX drops such additions."""
@@ -77,25 +77,85 @@ def linear_attention_cf(
     spec = get_kernel(kernel)
     with full_precision(q) as upcast:
         given = {name: upcast(value) for name, value in _resolve_scalars(spec, scalars, q).items()}
-        q, k, values = upcast(q), upcast(k), upcast(v)
-        if spec.features is None:
-            out = scaled_dot_product_attention(q.mT.contiguous(), k.mT.contiguous(), values.mT.contiguous()).mT
-            return out.to(v.dtype)
-        q, k, values = q.flatten(0, 1), k.flatten(0, 1), values.flatten(0, 1)
-        f_q, f_k, const = spec.features(q, k, **given)
-        # w_ij = <f_q_i, f_k_j> + const, summed over j before it meets the query: nothing here is N x M.
-        out = (values @ f_k.mT) @ f_q
-        if has_const := isinstance(const, Tensor) or const != 0:
-            out = out + const * values.sum(-1, keepdim=True)
-        if not spec.normalized:
-            return _saturate(out, v.dtype).unflatten(0, v.shape[:2])
-        weight_sum = f_k.sum(-1, keepdim=True).mT @ f_q
         offset = spec.eps if eps is None else eps
-        if torch.compiler.is_exporting() and not has_const and offset < TINY:
-            weight_sum = weight_sum.clamp_min(offset)
-        else:
-            weight_sum = weight_sum + (const * k.shape[-1] + offset if has_const else offset)
-        return (out / weight_sum).to(v.dtype).unflatten(0, v.shape[:2])
+        if spec.features is None:
+            q, k, v, dtype = upcast(q), upcast(k), upcast(v), v.dtype
+            return scaled_dot_product_attention(q.mT.contiguous(), k.mT.contiguous(), v.mT.contiguous()).mT.to(dtype)
+        heads = v.shape[:2]
+        q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
+        if spec.features is taylor2 and is_eager_training(q, k, v):
+            out = _Taylor2Attention.apply(q, k, v, given["c"].square(), offset, upcast is _upcast_saturating)
+            return out.unflatten(0, heads)
+        out = _attend(*spec.features(upcast(q), upcast(k), **given), upcast(v), offset, spec.normalized)
+        return (out.to(v.dtype) if spec.normalized else _saturate(out, v.dtype)).unflatten(0, heads)
+
+
+def _attend(f_q: Tensor, f_k: Tensor, const: Tensor | float, v: Tensor, offset: float, normalized: bool) -> Tensor:
+    """Σ_j w_ij v_j, w_ij = <f_q_i, f_k_j> + const; if normalized divided by Σ_j w_ij + offset.
+
+    f_q (B, F, N), f_k (B, F, M), v (B, E, M) -> (B, E, N).
+    """
+    # Summed over j before it meets the query: nothing here is N x M.
+    out = (v @ f_k.mT) @ f_q
+    if has_const := isinstance(const, Tensor) or const != 0:
+        out = out + const * v.sum(-1, keepdim=True)
+    if not normalized:
+        return out
+    weight_sum = f_k.sum(-1, keepdim=True).mT @ f_q
+    if torch.compiler.is_exporting() and not has_const and offset < TINY:
+        return out / weight_sum.clamp_min(offset)
+    return out / (weight_sum + (const * f_k.shape[-1] + offset if has_const else offset))
+
+
+class _Taylor2Attention(torch.autograd.Function):
+    """`_attend` with the features of `taylor2` and its derivative written out, which has fewer operations.
+
+    With S = Σ_j v_j u(k_j)ᵀ and z = Σ_j u(k_j)ᵀ, O = (S·u(q) + c²·Σ_j v_j) / (z·u(q) + c²·M + eps).
+
+    Args:
+        q, k, v: (B, D, N), (B, D, M), (B, E, M) of any dtype.
+        const: c².
+        offset: eps.
+        saturating: whether fp16 gradients end at fp16's largest number.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, const: Tensor, offset: float, saturating: bool) -> Tensor:
+        (u_q, norm_q), (u_k, norm_k), wide_v = (*(unit_square_and_norm(_upcast(x)) for x in (q, k)), _upcast(v))
+        sums, u_sum, v_sum = wide_v @ u_k.mT, u_k.sum(-1, keepdim=True), wide_v.sum(-1, keepdim=True)
+        total = torch.baddbmm(const * k.shape[-1] + offset, u_sum.mT, u_q)
+        out = torch.baddbmm(const * v_sum, sums, u_q).div_(total)
+        ctx.save_for_backward(q, k, v, const, u_q, norm_q, u_k, norm_k, sums, u_sum, v_sum, total, out)
+        ctx.offset, ctx.saturating = offset, saturating
+        return out.to(v.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, const, u_q, norm_q, u_k, norm_k, sums, u_sum, v_sum, total, out = ctx.saved_tensors
+        if torch.is_grad_enabled():  # a derivative of the derivative is asked for
+            f_q, f_k = unit_square(_upcast(q)), unit_square(_upcast(k))
+            plain = _attend(f_q, f_k, const, _upcast(v), ctx.offset, normalized=True).to(v.dtype)
+            inputs = [x for x, needed in zip((q, k, v, const), ctx.needs_input_grad, strict=False) if needed]
+            grads = iter(torch.autograd.grad(plain, inputs, grad, create_graph=True))
+            return (*(next(grads) if needed else None for needed in ctx.needs_input_grad[:4]), None, None)
+        with full_precision(q):
+            g = _upcast(grad) / total
+            g_total = (g * out).sum(-2, keepdim=True).neg_()
+            g_sum = g.sum(-1, keepdim=True)
+            g_sums, g_u_sum = g @ u_q.mT, (g_total @ u_q.mT).mT
+            g_q = _through_unit_square(torch.baddbmm(u_sum @ g_total, sums.mT, g), _upcast(q), u_q, norm_q)
+            g_k = _through_unit_square(torch.baddbmm(g_u_sum, g_sums.mT, _upcast(v)), _upcast(k), u_k, norm_k)
+            g_v = torch.baddbmm(const * g_sum, g_sums, u_k)
+            g_const = (g_sum * v_sum).sum() + k.shape[-1] * g_total.sum()
+        cast = _saturate if ctx.saturating else Tensor.to
+        return cast(g_q, q.dtype), cast(g_k, k.dtype), cast(g_v, v.dtype), g_const, None, None
+
+
+def _through_unit_square(grad: Tensor, x: Tensor, u: Tensor, norm: Tensor) -> Tensor:
+    """The gradient of x for that of u(x), with ∂u_i/∂x_j = 2·x_j/‖x²‖·(δ_ij - u_i·u_j); overwrites ``grad``."""
+    along_u = (grad * u).sum(-2, keepdim=True) * (norm > SQUARE_EPS)
+    grad = torch.addcmul(grad, u, along_u, value=-1, out=grad)
+    return grad.mul_(x.clamp(-LARGEST, LARGEST)).mul_(2 / norm)
 
 
 def attention_weights(
@@ -178,6 +238,18 @@ def _check_shapes(q: Tensor, k: Tensor, v: Tensor) -> None:
         raise ValueError(f"q and k differ in batch, heads or channels per head: {(*q.shape,)} and {(*k.shape,)}")
     if k.shape[:2] != v.shape[:2] or k.shape[3] != v.shape[3]:
         raise ValueError(f"k and v differ in batch, heads or tokens: {(*k.shape,)} and {(*v.shape,)}")
+
+
+def is_eager_training(*tensors: Tensor) -> bool:
+    """Whether operations may be replaced by ones with a derivative of their own: plain tensors (no fx proxies) in
+    autograd, neither compiled nor under function transforms.
+    """
+    return (
+        all(type(x) is Tensor for x in tensors)
+        and torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and not torch._C._are_functorch_transforms_active()
+    )
 
 
 def _at_least_fp32(dtype: torch.dtype) -> torch.dtype:

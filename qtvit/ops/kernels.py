@@ -16,7 +16,6 @@ D, N) -> (B, heads, F, N).
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -56,12 +55,10 @@ def unit_square(x: Tensor) -> Tensor:
     Exact where x⁴ stays within fp32, which is from 1e-9 to 1e9. A token of smaller entries has smaller u, down to
     u(0) = 0; larger entries count as 1e9 (exported graphs save that step).
     """
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-        return _unit_square(x)[0]
-    return _UnitSquare.apply(x)[0]
+    return unit_square_and_norm(x)[0]
 
 
-def _unit_square(x: Tensor) -> tuple[Tensor, Tensor]:
+def unit_square_and_norm(x: Tensor) -> tuple[Tensor, Tensor]:
     """u(x), and ‖x²‖₂ or `SQUARE_EPS` if that is larger."""
     if torch.compiler.is_exporting():  # fewer operations, which runtimes do fast
         square = x.square()
@@ -70,29 +67,6 @@ def _unit_square(x: Tensor) -> tuple[Tensor, Tensor]:
         square = x.clamp(-LARGEST, LARGEST).square()
         norm = square.square().sum(-2, keepdim=True).clamp_min(SQUARE_EPS**2).sqrt()
     return square / norm, norm
-
-
-class _UnitSquare(torch.autograd.Function):
-    """u with its derivative written out, which needs no more than x and u: ∂u_i/∂x_j = 2·x_j/‖x²‖·(δ_ij - u_i·u_j)."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x: Tensor) -> tuple[Tensor, Tensor]:
-        return _unit_square(x)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor], output: tuple[Tensor, Tensor]) -> None:
-        ctx.mark_non_differentiable(output[1])
-        ctx.save_for_backward(*inputs, *output)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor, *unused: Tensor) -> Tensor:
-        x, u, norm = ctx.saved_tensors
-        if torch.is_grad_enabled():  # a derivative of the derivative is asked for
-            return torch.autograd.grad(_unit_square(x)[0], x, grad, create_graph=True)[0]
-        along_u = (grad * u).sum(-2, keepdim=True) * (norm > SQUARE_EPS)
-        return torch.addcmul(grad, u, along_u, value=-1) * (2 / norm) * x.masked_fill(x.abs() > LARGEST, 0)
 
 
 def taylor2(q: Tensor, k: Tensor, c: Tensor) -> Features:

@@ -184,6 +184,50 @@ def test_masked_softmax_keeps_what_exceeds_the_threshold() -> None:
     assert half.dtype == torch.bfloat16
 
 
+def taylor2_inputs(dtype: torch.dtype, magnitude: float = 1, tokens: tuple[int, int] = (7, 9)) -> list[Tensor]:
+    """q, k, v and c, all of which are trained."""
+    generator = torch.Generator().manual_seed(0)
+    q, k = (magnitude * torch.randn(2, 2, n, 5, generator=generator) for n in tokens)
+    v = torch.randn(2, 2, tokens[1], 3, generator=generator)
+    return [x.to(dtype).requires_grad_() for x in (q, k, v, torch.tensor(1.3))]
+
+
+def taylor2_attention(q: Tensor, k: Tensor, v: Tensor, c: Tensor) -> Tensor:
+    return linear_attention(q, k, v, "taylor2", {"c": c})
+
+
+@pytest.mark.parametrize("magnitude", [0, 1e-20, 1e-16, 1e-13, 1e-6, 1, 1e4, 1e20])
+def test_the_written_out_derivative_is_that_of_autograd(magnitude: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = taylor2_inputs(torch.float32, magnitude, (30, 40))
+    out = taylor2_attention(*inputs)
+    grad = torch.randn_like(out)
+    ours = torch.autograd.grad(out, inputs, grad)
+    monkeypatch.setattr("qtvit.ops.attention.is_eager_training", lambda *_: False)
+    plain = taylor2_attention(*inputs)
+    assert str(plain.grad_fn) != str(out.grad_fn)
+    torch.testing.assert_close(out, plain)
+    for got, want in zip(ours, torch.autograd.grad(plain, inputs, grad), strict=True):
+        # beyond 1e9 entries count as 1e9, whose derivative is not quite 0; that of c is a sum of terms of both signs
+        least = 1e-9 if want.ndim else 1e-5
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=max(1e-5 * float(want.abs().max()), least))
+
+
+def test_first_and_second_derivatives() -> None:
+    inputs = taylor2_inputs(torch.float64, tokens=(3, 4))
+    assert torch.autograd.gradcheck(taylor2_attention, inputs)
+    assert torch.autograd.gradgradcheck(taylor2_attention, inputs)
+
+
+@pytest.mark.parametrize("trained", range(4))
+def test_derivatives_of_one_input_alone(trained: int) -> None:
+    inputs = taylor2_inputs(torch.float64)
+    want = torch.autograd.grad(taylor2_attention(*inputs).square().sum(), inputs[trained])
+    inputs = [x.detach().requires_grad_(i == trained) for i, x in enumerate(inputs)]
+    torch.testing.assert_close(
+        torch.autograd.grad(taylor2_attention(*inputs).square().sum(), inputs[trained], create_graph=True), want
+    )
+
+
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_order_of_tokens(kernel: str) -> None:
     """The order of the keys does not matter, and the output follows the order of the queries."""
