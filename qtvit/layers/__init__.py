@@ -3,7 +3,7 @@
 from .attention import LinearAttention, MultiScaleAttention
 from .conv import ConvNormAct, ConvPair, DSConv, FusedMBConv, MBConv, Residual
 from .drop_path import DropPath, set_drop_path
-from .lean import recompute
+from .lean import recompute, set_recompute_activations
 
 __all__ = [
     "ConvNormAct",
@@ -17,4 +17,5 @@ __all__ = [
     "Residual",
     "recompute",
     "set_drop_path",
+    "set_recompute_activations",
 ]

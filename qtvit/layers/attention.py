@@ -37,6 +37,7 @@ class MultiScaleAttention(nn.Module):
     """
 
     num_scales = 2
+    recompute_activations = True
 
     def __init__(
         self,
@@ -121,7 +122,8 @@ class MultiScaleAttention(nn.Module):
         assert self.shortcut_norm is not None
         if is_eager_inference(v, self, self.shortcut_norm, self.shortcut_act):
             return self.shortcut_act(norm_as_affine(v.flatten(0, 1), self.shortcut_norm)).unflatten(0, v.shape[:2])
-        return norm_act(v.flatten(0, 1), self.shortcut_norm, self.shortcut_act).unflatten(0, v.shape[:2])
+        normed = norm_act(v.flatten(0, 1), self.shortcut_norm, self.shortcut_act, self.recompute_activations)
+        return normed.unflatten(0, v.shape[:2])
 
 
 class LinearAttention(nn.Module):

@@ -20,6 +20,8 @@ class ConvNormAct(nn.Sequential):
     any).
     """
 
+    recompute_activations = True
+
     def __init__(
         self,
         in_chans: int,
@@ -42,7 +44,7 @@ class ConvNormAct(nn.Sequential):
     def forward(self, x: Tensor) -> Tensor:
         if is_eager_inference(x, *self) and isinstance(self.conv, nn.Conv2d):
             return conv_norm_act(x, *self)
-        if len(self) < 3:
+        if len(self) < 3 or not self.recompute_activations:
             return super().forward(x)
         return norm_act(self.conv(x), self.norm, self.act)
 
@@ -52,13 +54,16 @@ class ConvBlock(nn.Sequential):
 
     Their parts are then called across their borders (the activation of one with the convolution of the next), and the
     BatchNorms by their function, so forward hooks on a `ConvNormAct` or an inner BatchNorm run in evaluation only.
+    `qtvit.layers.set_recompute_activations` changes that.
     """
+
+    recompute_activations = True
 
     def forward(self, x: Tensor) -> Tensor:
         layers: list[Any] = list(self)
         norms = [getattr(layer, "norm", None) for layer in layers]
-        # a block without the last norm is fused, and there is nothing to train
-        if norms[-1] is None or not is_lean(x, *(norm for norm in norms if norm is not None)):
+        is_fused = norms[-1] is None  # for inference
+        if is_fused or not self.recompute_activations or not is_lean(x, *(norm for norm in norms if norm is not None)):
             return super().forward(x)
         x = layers[0].conv(x)
         for layer, norm, following in zip(layers, norms, layers[1:], strict=False):

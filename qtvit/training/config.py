@@ -88,6 +88,8 @@ class TrainConfig:
         precision: arithmetic of the training step.
         accumulate: batches whose gradients are added up before a step.
         grad_checkpointing: keep less of the forward pass and compute it again in the backward pass.
+        recompute_activations: keep no outputs of norms and activations, which are cheap to compute again; false for
+            faster steps in more memory.
         compile: run the training step through torch.compile.
         sync_bn: BatchNorm statistics over all GPUs, not of each one's own images.
         num_workers: processes that load images; default: one per core less one, at most 8, and none for the digits.
@@ -125,6 +127,7 @@ class TrainConfig:
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
     accumulate: int = 1
     grad_checkpointing: bool = False
+    recompute_activations: bool = True
     compile: bool = False
     sync_bn: bool = False
     num_workers: int | None = None

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 
+from qtvit.bench.train import bytes_kept
 from qtvit.models import QTViT
 from qtvit.training.classify import Classifier
 from qtvit.training.classify_config import ClassifyConfig
@@ -97,6 +98,16 @@ def test_gradient_checkpointing_changes_nothing(network: Network, tmp_path: Path
     assert checkpointing.losses == pytest.approx(plain.losses, rel=1e-4)
     counts = {name: value for name, value in plain.state_dict().items() if "num_batches" in name}
     assert {int(checkpointing.state_dict()[name]) for name in counts} == {3}
+
+
+def test_keeping_activations_changes_nothing_but_memory(network: Network, tmp_path: Path) -> None:
+    tasks = [Losses(network(), configured(epochs=1, recompute_activations=again)) for again in (True, False)]
+    x = torch.randn(2, 3, 32, 32)
+    again, kept = (bytes_kept(lambda task=task: task.model(x), task.model) for task in tasks)
+    assert again < 0.75 * kept
+    for task in tasks:
+        fit(task, random_batches(3), tmp_path)
+    assert tasks[1].losses == pytest.approx(tasks[0].losses, rel=1e-4)
 
 
 def test_gradient_checkpointing_needs_a_model_that_can(tmp_path: Path) -> None:
