@@ -24,8 +24,9 @@ class Backbone(nn.Module):
 
     Args:
         body: a network of ours or timm's with ``forward_intermediates``; what it does not need is taken out of it.
-        num_maps: how many maps, the last ones; None: all. One at full resolution, as of `qtvit_nano`, is not among them
-            if there are two others: heads on it would take much time for little.
+        num_maps: how many maps, the last ones; None: all.
+        full_resolution: whether a map of stride 1, as `qtvit_nano` has one, is among them; otherwise it is so only if
+            there are less than two others, as much of a head on it would take much time for little.
 
     Attributes:
         channels: of the maps.
@@ -36,11 +37,12 @@ class Backbone(nn.Module):
         ValueError: the network gives no maps.
     """
 
-    def __init__(self, body: nn.Module, num_maps: int | None = None) -> None:
+    def __init__(self, body: nn.Module, num_maps: int | None = None, *, full_resolution: bool = False) -> None:
         super().__init__()
         network: Any = body
         strides = strides_of(body)
-        first = strides.count(1) if len(strides) - strides.count(1) > 1 else 0
+        full = 0 if full_resolution else strides.count(1)
+        first = full if len(strides) - full > 1 else 0
         self.indices = list(range(first, len(strides)))[-(num_maps or len(strides)) :]
         self.strides = [strides[i] for i in self.indices]
         self.channels: list[int] = [network.feature_info[i]["num_chs"] for i in self.indices]

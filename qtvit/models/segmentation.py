@@ -134,10 +134,39 @@ class LightHead(nn.Module):
 
     def forward(self, features: Sequence[Tensor]) -> Tensor:
         """Maps, the finest first -> (B, num_classes, H, W) at the size of the finest."""
+        return self.classifier(self.expand(self.fuse(features)))
+
+    def fuse(self, features: Sequence[Tensor]) -> Tensor:
+        """Maps, the finest first -> (B, channels, H, W) at the size of the finest."""
         finest, *others = (lateral(x) for lateral, x in zip(self.laterals, features, strict=True))
         for x in others:
             finest = finest + resize(x, finest.shape[-2:])
-        return self.classifier(self.expand(self.blocks(finest)))
+        return self.blocks(finest)
+
+
+class LightSkipHead(LightHead):
+    """A `LightHead` whose map meets one of twice its size before the classifier, for borders and for what is small.
+
+    DeepLabv3+ (Chen et al., ECCV 2018) has such a connection to an early layer. Behind it there is little, as all of
+    that is at four times the positions.
+
+    Args:
+        in_chans: channels of the finer map, then as for `LightHead`.
+        num_classes, channels, drop_rate, depth: as for `LightHead`.
+    """
+
+    def __init__(
+        self, in_chans: Sequence[int], num_classes: int, channels: int, drop_rate: float, depth: int = 3
+    ) -> None:
+        super().__init__(in_chans[1:], num_classes, channels, drop_rate, depth)
+        self.skip = ConvNormAct(in_chans[0], channels, 1)
+        self.expand = ConvNormAct(channels, 2 * channels, 1, act="hard_swish")
+        self.classifier = PixelClassifier(2 * channels, num_classes, drop_rate)
+
+    def forward(self, features: Sequence[Tensor]) -> Tensor:
+        """Maps, the finest first -> (B, num_classes, H, W) at the size of the finest."""
+        finer, *features = features
+        return self.classifier(self.expand(self.skip(finer) + resize(self.fuse(features), finer.shape[-2:])))
 
 
 class FCNHead(nn.Sequential):
@@ -149,7 +178,11 @@ class FCNHead(nn.Sequential):
         self.classifier = PixelClassifier(channels, num_classes, drop_rate)
 
 
-HEADS: dict[str, tuple[type[UPerHead | LightHead], int]] = {"upernet": (UPerHead, 4), "light": (LightHead, 3)}
+HEADS: dict[str, tuple[type[UPerHead | LightHead], int]] = {
+    "upernet": (UPerHead, 4),
+    "light": (LightHead, 3),
+    "light_skip": (LightSkipHead, 4),
+}
 """Heads by name, and on how many of the last stages each is put (on all of them, if the backbone has fewer)."""
 
 
@@ -234,22 +267,25 @@ def build_segmenter(
         num_classes: logits of each pixel.
         head: a name in `HEADS`.
         aux: whether there is an auxiliary head, on the last but one of the head's maps.
-        channels: of the head; None: 512 for UPerNet, those of the finest of its maps for the light one.
+        channels: of the head; None: 512 for UPerNet, those of the finest of the maps that it sums for a light one.
         drop_rate: dropout before the classifiers.
         model_args: of the network, as for ``timm.create_model``; those of its classifier have no effect.
 
     Raises:
-        ValueError: unknown names, arguments that the model does not take, or sizes below 1.
+        ValueError: unknown names, arguments that the model does not take, sizes below 1, or too few maps for the head.
     """
     if head not in HEADS:
         raise unknown_name("head", head, HEADS)
     if num_classes < 1 or (channels is not None and channels < 1):
         raise ValueError(f"num_classes and channels are 1 or more, got {num_classes} and {channels}")
     head_class, num_maps = HEADS[head]
-    backbone = Backbone(build_model(model, **(model_args or {})), num_maps)
+    skips = head_class is LightSkipHead
+    backbone = Backbone(build_model(model, **(model_args or {})), num_maps, full_resolution=skips)
     in_chans = backbone.channels
+    if len(in_chans) < 2 and (skips or aux):
+        raise ValueError(f"{model} gives one feature map; light_skip and auxiliary heads need two")
     if channels is None:
-        channels = 512 if head == "upernet" else in_chans[0]
+        channels = 512 if head == "upernet" else in_chans[1 if skips else 0]
     return Segmenter(
         backbone,
         head_class(in_chans, num_classes, channels, drop_rate),

@@ -69,9 +69,10 @@ class SegmentConfig(TrainConfig):
 
     Args:
         data: folder of images and masks: train/images, train/masks, val/images and val/masks, or ADE20K's layout.
-        head: upernet, or light for real time; default: the checkpoint's, else upernet.
-        head_channels: of the head's maps; default: the checkpoint's, else 512 for upernet, those of the finest map for
-            light.
+        head: upernet, light for real time, or light_skip, which adds a finer map for sharper borders; default: the
+            checkpoint's, else upernet.
+        head_channels: of the head's maps; default: the checkpoint's, else 512 for upernet, those of the finest map that
+            is summed for the light ones.
         crop_size: side of the training crops, or HEIGHTxWIDTH such as 512x1024; also of sliding windows.
         img_size: shorter side, in pixels, that images are resized to (in training, before augment.scale); 0 for their
             own size; default: the shorter side of crop_size.

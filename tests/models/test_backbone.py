@@ -117,6 +117,7 @@ def test_maps_at_full_resolution_are_left_out_if_two_others_remain() -> None:
     backbone = Backbone(nano)
     assert (backbone.channels, backbone.strides) == ([48, 96], [2, 4])
     assert [tuple(x.shape) for x in backbone(pixels(16, 24))] == [(2, 48, 8, 12), (2, 96, 4, 6)]
+    assert Backbone(build_model("qtvit_nano"), full_resolution=True).strides == [1, 2, 4]
     nano = build_model("qtvit_nano")
     del nano.feature_info[0]
     nano.feature_info[0]["reduction"] = 1

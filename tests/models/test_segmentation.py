@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qtvit.models import ARCHITECTURES, Architecture
+from qtvit.models.build import build_model
 from qtvit.models.segmentation import HEADS, POOL_BINS, Segmenter, average_bins, build_segmenter, resize
 
 Randomize = Callable[[nn.Module, int], nn.Module]
@@ -86,15 +87,18 @@ def test_published_parameters(name: str, published: float, original: bool) -> No
 @pytest.mark.parametrize("name", ["qtvit_1", "qtvit_nano", "test_resnet"])
 @pytest.mark.parametrize("head", HEADS)
 def test_heads_are_put_on_the_last_stages(shrunken: None, name: str, head: str) -> None:
-    strides = {"upernet": (4, 8, 16, 32), "light": (8, 16, 32)}[head] if name != "qtvit_nano" else (2, 4)
+    strides = {"upernet": (4, 8, 16, 32), "light": (8, 16, 32), "light_skip": (4, 8, 16, 32)}[head]
+    if name == "qtvit_nano":
+        strides = (1, 2, 4) if head == "light_skip" else (2, 4)
     with torch.device("meta"):
         model = build_segmenter(name, num_classes=3, head=head)
         logits: Any = model(torch.empty(2, 3, 96, 160))
     assert logits["out"].shape == (2, 3, 96 // strides[0], 160 // strides[0])
     assert logits["aux"].shape == (2, 3, 96 // strides[-2], 160 // strides[-2])
-    finest = {"qtvit_1": 16, "qtvit_nano": 16, "test_resnet": 48}[name]
+    finest_sum = {"qtvit_1": 16, "qtvit_nano": 16, "test_resnet": 48}[name]
     classifier: Any = model.head.classifier
-    assert classifier.conv.in_channels == {"upernet": 512, "light": 4 * finest}[head]
+    in_channels = {"upernet": 512, "light": 4 * finest_sum, "light_skip": 2 * finest_sum}
+    assert classifier.conv.in_channels == in_channels[head]
 
 
 def test_names_in_the_state_dict(shrunken: None) -> None:
@@ -136,6 +140,13 @@ def test_names_in_the_state_dict(shrunken: None) -> None:
         "expand.conv.weight": (64, 16, 1, 1),
         "classifier.conv.weight": (5, 64, 1, 1),
         "classifier.conv.bias": (5,),
+    }
+    skip = build_segmenter("qtvit_1", num_classes=5, head="light_skip", aux=False)
+    assert convolutions(skip.head) == {
+        **convolutions(light.head),
+        "skip.conv.weight": (16, 16, 1, 1),
+        "expand.conv.weight": (32, 16, 1, 1),
+        "classifier.conv.weight": (5, 32, 1, 1),
     }
     parts = {name.split(".")[0] for name in upernet.state_dict()}
     assert parts == {"backbone", "head", "aux"}
@@ -199,6 +210,19 @@ def test_one_batch_is_learnt(shrunken: None, head: str) -> None:
     assert losses["aux"] < 0.3
 
 
+def test_what_is_in_the_finer_map_alone_reaches_the_logits(shrunken: None, randomize: Randomize) -> None:
+    """Of two neighbours that are one position of the coarser maps, each gets its own part of the finer one."""
+    model: Any = randomize(build_segmenter("qtvit_nano", num_classes=3, head="light_skip"), 0).eval()
+    finer, *coarser = model.backbone(pixels(8, 8))
+    changed = finer.clone()
+    changed[:, :, 2, 3] += 1
+    with torch.no_grad():
+        difference = model.head([changed, *coarser]) - model.head([finer, *coarser])
+    assert difference[:, :, 2, 3].abs().min() > 0
+    difference[:, :, 2, 3] = 0
+    assert not difference.any()
+
+
 def test_untrained_classes_are_equally_likely(shrunken: None) -> None:
     """So that the first loss is that of guessing, whatever the network."""
     logits: Any = build_segmenter("qtvit_1", num_classes=7, channels=16)(pixels(64, 64))
@@ -232,3 +256,12 @@ def test_upernet_is_not_trained_on_one_image(shrunken: None) -> None:
 def test_what_users_get_wrong(shrunken: None, args: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build_segmenter(**{"model": "qtvit_1", "num_classes": 5, **args})
+
+
+@pytest.mark.parametrize(("head", "aux"), [("light_skip", False), ("light", True)])
+def test_a_backbone_with_one_map(shrunken: None, monkeypatch: pytest.MonkeyPatch, head: str, aux: bool) -> None:
+    nano = build_model("qtvit_nano")
+    del nano.feature_info[:2]
+    monkeypatch.setattr("qtvit.models.segmentation.build_model", lambda _: nano)
+    with pytest.raises(ValueError, match="qtvit_nano gives one feature map; light_skip and auxiliary heads need two"):
+        build_segmenter("qtvit_nano", num_classes=5, head=head, aux=aux)
