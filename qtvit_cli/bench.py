@@ -98,6 +98,12 @@ def _add_train(kinds: Commands) -> None:
     steps.add_argument("--img-size", default="224", help="side or HEIGHTxWIDTH (default: 224)")
     steps.add_argument("--batch-size", type=positive, default=16)
     steps.add_argument("--precision", choices=("32-true", "bf16-mixed", "16-mixed"), default="32-true")
+    steps.add_argument(
+        "--recompute-activations",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="as in training: --no-recompute-activations is faster, in more memory (qtvit's models only)",
+    )
     _add_common(steps, rounds=10)
     steps.set_defaults(command=bench_train)
 
@@ -205,6 +211,7 @@ def bench_train(args: argparse.Namespace) -> None:
         rounds=args.rounds,
         device=args.device,
         autocast={"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(args.precision),
+        recompute_activations=args.recompute_activations,
     )
     report(result, train_lines(result))
 

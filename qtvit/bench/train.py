@@ -12,6 +12,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
 
 from qtvit.device import resolve_device
+from qtvit.layers import set_recompute_activations
 from qtvit.models import check_img_size
 
 from .candidates import Candidate
@@ -28,6 +29,7 @@ def bench_training(
     rounds: int = 10,
     device: str = "auto",
     autocast: torch.dtype | None = None,
+    recompute_activations: bool = True,
 ) -> dict[str, Any]:
     """Forward and backward pass of each of ``models`` next to ``peer``, eager, channels-last, cross-entropy.
 
@@ -40,6 +42,7 @@ def bench_training(
         rounds: steps of each model that are timed.
         device: see `qtvit.device.resolve_device`.
         autocast: dtype of mixed precision, or None.
+        recompute_activations: see `qtvit.layers.set_recompute_activations`.
 
     Returns:
         "settings", "environment", and for each model under "models" the bytes kept for the backward pass per image
@@ -63,6 +66,7 @@ def bench_training(
         check_img_size(model, img_size)
         if candidate.form == "as released":
             model = as_released(model)
+        set_recompute_activations(model, recompute_activations)
         model = model.train().to(where).to(memory_format=torch.channels_last)
         forward = partial(_loss, model, images, labels, autocast)
         kept[name] = bytes_kept(forward, model) / batch_size
@@ -75,6 +79,7 @@ def bench_training(
             "batch_size": batch_size,
             "rounds": rounds,
             "autocast": None if autocast is None else str(autocast).removeprefix("torch."),
+            "recompute_activations": recompute_activations,
         },
         "environment": environment(where),
         "models": {

@@ -58,6 +58,10 @@ def test_other_forms_and_a_picture(tmp_path: Path) -> None:
     kept = {name: row["bytes_kept_per_image"] for name, row in result["models"].items()}
     assert len(set(kept.values())) == 4
     assert kept["released:qtvit_nano"] > kept["qtvit_nano"]
+    assert main([*argv.split(), "--no-recompute-activations"]) == 0
+    more = json.loads((tmp_path / "steps.json").read_text())
+    assert more["settings"]["recompute_activations"] is False
+    assert more["models"]["qtvit_nano"]["bytes_kept_per_image"] > 1.2 * kept["qtvit_nano"]
     assert result["command"] == f"qtvit {argv}"
     with Image.open(tmp_path / "steps.png") as picture:
         assert picture.width > 1000
