@@ -68,7 +68,7 @@ and with the model just trained:
     "segment": Quickstart(
         "quickstart/segment",
         scenes="runs/digit-scenes-segment",
-        num_train=3700,
+        num_train=3200,
         num_val=100,
         next="""
 Next, with your own images and masks (photos/train/images/1.jpg, photos/train/masks/1.png, and photos/val the same):
