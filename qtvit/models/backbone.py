@@ -26,7 +26,7 @@ class Backbone(nn.Module):
         body: a network of ours or timm's with ``forward_intermediates``; what it does not need is taken out of it.
         num_maps: how many maps, the last ones; None: all.
         full_resolution: whether a map of stride 1, as `qtvit_nano` has one, is among them; otherwise it is so only if
-            there are less than two others, as much of a head on it would take much time for little.
+            there are fewer than two others, as much of a head on it would take much time for little.
 
     Attributes:
         channels: of the maps.

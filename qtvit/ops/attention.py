@@ -83,8 +83,9 @@ def linear_attention_cf(
             return scaled_dot_product_attention(q.mT.contiguous(), k.mT.contiguous(), v.mT.contiguous()).mT.to(dtype)
         heads = v.shape[:2]
         q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
-        if spec.features is taylor2 and is_eager_training(q, k, v):
-            out = _Taylor2Attention.apply(q, k, v, given["c"].square(), offset, upcast is _upcast_saturating)
+        if spec.features is taylor2 and is_eager_training(q, k, v) and given["c"].ndim == 0:
+            const = given["c"].square().to(_at_least_fp32(q.dtype))
+            out = _Taylor2Attention.apply(q, k, v, const, offset, upcast is _upcast_saturating)
             return out.unflatten(0, heads)
         out = _attend(*spec.features(upcast(q), upcast(k), **given), upcast(v), offset, spec.normalized)
         return (out.to(v.dtype) if spec.normalized else _saturate(out, v.dtype)).unflatten(0, heads)
@@ -133,10 +134,12 @@ class _Taylor2Attention(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, const, u_q, norm_q, u_k, norm_k, sums, u_sum, v_sum, total, out = ctx.saved_tensors
         if torch.is_grad_enabled():  # a derivative of the derivative is asked for
-            f_q, f_k = unit_square(_upcast(q)), unit_square(_upcast(k))
-            plain = _attend(f_q, f_k, const, _upcast(v), ctx.offset, normalized=True).to(v.dtype)
             inputs = [x for x, needed in zip((q, k, v, const), ctx.needs_input_grad, strict=False) if needed]
-            grads = iter(torch.autograd.grad(plain, inputs, grad, create_graph=True))
+            upcast = _upcast_saturating if ctx.saturating else _upcast
+            with full_precision(q):
+                f_q, f_k = unit_square(upcast(q)), unit_square(upcast(k))
+                plain = _attend(f_q, f_k, const, upcast(v), ctx.offset, normalized=True).to(v.dtype)
+                grads = iter(torch.autograd.grad(plain, inputs, grad, create_graph=True))
             return (*(next(grads) if needed else None for needed in ctx.needs_input_grad[:4]), None, None)
         with full_precision(q):
             g = _upcast(grad) / total
@@ -152,10 +155,9 @@ class _Taylor2Attention(torch.autograd.Function):
 
 
 def _through_unit_square(grad: Tensor, x: Tensor, u: Tensor, norm: Tensor) -> Tensor:
-    """The gradient of x for that of u(x), with ∂u_i/∂x_j = 2·x_j/‖x²‖·(δ_ij - u_i·u_j); overwrites ``grad``."""
+    """The gradient of x for that of u(x), with ∂u_i/∂x_j = 2·x_j/‖x²‖·(δ_ij - u_i·u_j)."""
     along_u = (grad * u).sum(-2, keepdim=True) * (norm > SQUARE_EPS)
-    grad = torch.addcmul(grad, u, along_u, value=-1, out=grad)
-    return grad.mul_(x.clamp(-LARGEST, LARGEST)).mul_(2 / norm)
+    return torch.addcmul(grad, u, along_u, value=-1).mul_(x.clamp(-LARGEST, LARGEST)).mul_(2 / norm)
 
 
 def attention_weights(

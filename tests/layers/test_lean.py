@@ -156,6 +156,13 @@ def test_derivatives_of_norms_of_tokens(trained: tuple[bool, ...]) -> None:
     assert torch.autograd.gradgradcheck(norm, inputs)
 
 
+def test_norms_in_half_precision_have_gradients_of_short_tokens() -> None:
+    x = (1e-4 * torch.randn(4, 5, 7)).half().requires_grad_()
+    norm = nn.BatchNorm1d(5).half().train()
+    lean.norm_act(x, norm, nn.GELU()).sum().backward()
+    assert all(part.grad is not None and part.grad.isfinite().all() for part in (x, *norm.parameters()))
+
+
 @pytest.mark.parametrize("block", ["mb", "mb, fewer norm"])
 def test_second_derivatives(block: str) -> None:
     module = BLOCKS[block]("gelu_tanh").double().train()

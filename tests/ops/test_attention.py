@@ -218,6 +218,37 @@ def test_first_and_second_derivatives() -> None:
     assert torch.autograd.gradgradcheck(taylor2_attention, inputs)
 
 
+@pytest.mark.parametrize("again", [False, True])
+def test_derivatives_keep_their_precision(again: bool) -> None:
+    """In autocast they are fp32's, and those of fp16 saturate, also where the graph is kept for a second derivative."""
+    inputs = taylor2_inputs(torch.float32, tokens=(30, 40))
+    out = taylor2_attention(*inputs)
+    want = torch.autograd.grad(out.square().sum(), inputs, retain_graph=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = torch.autograd.grad(out.square().sum(), inputs, create_graph=again)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+    q, *others = taylor2_inputs(torch.float16, tokens=(30, 40))
+    q = (q.detach() * 1e-6).requires_grad_()
+    out = taylor2_attention(q, *others)
+    grad = torch.autograd.grad(out, q, 1e4 * torch.ones_like(out), create_graph=again)[0]
+    assert grad.isfinite().all()
+    assert (grad.abs() == torch.finfo(torch.float16).max).any()
+
+
+def test_batched_derivatives_and_scalars_of_other_kinds() -> None:
+    q, k, v, c = taylor2_inputs(torch.float64, tokens=(3, 4))
+    out = taylor2_attention(q, k, v, c)
+    grads = torch.randn(2, *out.shape, dtype=torch.double)
+    batched = torch.autograd.grad(out, q, grads, is_grads_batched=True, retain_graph=True)[0]
+    torch.testing.assert_close(batched[1], torch.autograd.grad(out, q, grads[1])[0])
+    for scalar in (c.detach().float(), c.detach().view(1)):
+        scalar.requires_grad_()
+        torch.testing.assert_close(taylor2_attention(q, k, v, scalar), out, rtol=1e-6, atol=1e-6)
+        taylor2_attention(q, k, v, scalar).sum().backward()
+        assert scalar.grad is not None
+        assert scalar.grad.shape == scalar.shape
+
+
 @pytest.mark.parametrize("trained", range(4))
 def test_derivatives_of_one_input_alone(trained: int) -> None:
     inputs = taylor2_inputs(torch.float64)
