@@ -116,7 +116,7 @@ def _norm(x: Tensor, norm: Any) -> tuple[Tensor, Callable[[], Tensor]]:
 class _TokenNorm(torch.autograd.Function):
     """``torch.native_batch_norm`` of (B, C, N), whose backward pass uses more of a GPU where there are few channels.
 
-    PyTorch's sums each channel in one block. With the 16 or 32 channels of a head most of the GPU is idle, and its kernel
+    PyTorch's sums each channel in one block. With the 16 or 32 channels of a head most of the GPU is idle, and that
     took a seventh of a training step (qtvit_1, 256 images of 224 px, bf16, H100). Here each channel of each head and
     image is summed on its own first.
     """
