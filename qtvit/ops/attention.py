@@ -91,15 +91,15 @@ def linear_attention_cf(
         return (out.to(v.dtype) if spec.normalized else _saturate(out, v.dtype)).unflatten(0, heads)
 
 
-def _attend(f_q: Tensor, f_k: Tensor, const: Tensor | float, v: Tensor, offset: float, normalized: bool) -> Tensor:
+def _attend(f_q: Tensor, f_k: Tensor, const: Tensor | float, values: Tensor, offset: float, normalized: bool) -> Tensor:
     """Σ_j w_ij v_j, w_ij = <f_q_i, f_k_j> + const; if normalized divided by Σ_j w_ij + offset.
 
-    f_q (B, F, N), f_k (B, F, M), v (B, E, M) -> (B, E, N).
+    f_q (B, F, N), f_k (B, F, M), values (B, E, M) -> (B, E, N).
     """
     # Summed over j before it meets the query: nothing here is N x M.
-    out = (v @ f_k.mT) @ f_q
+    out = (values @ f_k.mT) @ f_q
     if has_const := isinstance(const, Tensor) or const != 0:
-        out = out + const * v.sum(-1, keepdim=True)
+        out = out + const * values.sum(-1, keepdim=True)
     if not normalized:
         return out
     weight_sum = f_k.sum(-1, keepdim=True).mT @ f_q
