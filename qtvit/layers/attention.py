@@ -122,8 +122,10 @@ class MultiScaleAttention(nn.Module):
         assert self.shortcut_norm is not None
         if is_eager_inference(v, self, self.shortcut_norm, self.shortcut_act):
             return self.shortcut_act(norm_as_affine(v.flatten(0, 1), self.shortcut_norm)).unflatten(0, v.shape[:2])
-        normed = norm_act(v.flatten(0, 1), self.shortcut_norm, self.shortcut_act, self.recompute_activations)
-        return normed.unflatten(0, v.shape[:2])
+        tokens, shape = v.flatten(0, 1), v.shape[:2]
+        if not self.recompute_activations:
+            return self.shortcut_act(self.shortcut_norm(tokens)).unflatten(0, shape)
+        return norm_act(tokens, self.shortcut_norm, self.shortcut_act).unflatten(0, shape)
 
 
 class LinearAttention(nn.Module):

@@ -36,13 +36,11 @@ def set_recompute_activations(model: nn.Module, enable: bool) -> None:
             layer.recompute_activations = enable
 
 
-def norm_act(x: Tensor, norm: nn.Module, act: nn.Module, recompute_activations: bool = True) -> Tensor:
-    """act(norm(x)), where it `is_lean` without keeping norm(x) for the backward pass, unless told otherwise."""
+def norm_act(x: Tensor, norm: nn.Module, act: nn.Module) -> Tensor:
+    """act(norm(x)), where it `is_lean` without keeping norm(x) for the backward pass."""
     if not is_lean(x, norm):
         return act(norm(x))
     normed, renorm = _norm(x, norm)
-    if not recompute_activations:
-        return act(normed)
     with _forget(normed, renorm):
         return act(normed)
 
@@ -99,9 +97,7 @@ def _norm(x: Tensor, norm: Any) -> tuple[Tensor, Callable[[], Tensor]]:
         norm.num_batches_tracked.add_(1)
         momentum = 1 / float(norm.num_batches_tracked) if momentum is None else momentum
     weight, bias = norm.weight, norm.bias
-    is_tokens = x.ndim == 3 and weight is not None and bias is not None
-    normalize: Any = _TokenNorm.apply if is_tokens else torch.native_batch_norm
-    out, mean, inv_std = normalize(
+    out, mean, inv_std = torch.native_batch_norm(
         x, weight, bias, norm.running_mean, norm.running_var, True, momentum or 0.0, norm.eps
     )
     kept = _keep(x)
@@ -111,49 +107,6 @@ def _norm(x: Tensor, norm: Any) -> tuple[Tensor, Callable[[], Tensor]]:
         return torch.batch_norm(kept(), weight, bias, mean, inv_std.pow(-2), False, 0.0, 0.0, cudnn)
 
     return out, again
-
-
-class _TokenNorm(torch.autograd.Function):
-    """``torch.native_batch_norm`` of (B, C, N), whose backward pass uses more of a GPU where there are few channels.
-
-    PyTorch's sums each channel in one block. With the 16 or 32 channels of a head most of the GPU is idle, and that
-    took a seventh of a training step (qtvit_1, 256 images of 224 px, bf16, H100). Here each channel of each head and
-    image is summed on its own first.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-        out, mean, inv_std = torch.native_batch_norm(x, weight, bias, *args)
-        ctx.save_for_backward(x, weight, bias, mean, inv_std)
-        ctx.eps = args[-1]
-        ctx.mark_non_differentiable(mean, inv_std)
-        return out, mean, inv_std
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        x, weight, bias, mean, inv_std = ctx.saved_tensors
-        unused = (None,) * 5
-        if torch.is_grad_enabled():  # a derivative of the derivative is asked for
-            inputs = [part for part, needed in zip((x, weight, bias), ctx.needs_input_grad, strict=False) if needed]
-            out = torch.native_batch_norm(x, weight, bias, None, None, True, 0.0, ctx.eps)[0]
-            grads = iter(torch.autograd.grad(out, inputs, grad, create_graph=True))
-            return (*(next(grads) if needed else None for needed in ctx.needs_input_grad[:3]), *unused)
-        batch, chans, tokens = x.shape
-        single = (part.reshape(1, batch * chans, tokens) for part in (grad, x))
-        wide = torch.promote_types(mean.dtype, torch.float32)  # of half-precision norms they are half, too
-        mean, inv_std = mean.to(wide), inv_std.to(wide)
-        ones, means, inv_stds = (part.repeat(batch) for part in (torch.ones_like(mean), mean, inv_std))
-        sums = torch.ops.aten.native_batch_norm_backward(
-            *single, ones, None, None, means, inv_stds, True, 0.0, [False, True, True]
-        )[1:]
-        g_weight, g_bias = (part.view(batch, chans).sum(0) for part in sums)
-        # ∂x = weight / std · (grad - mean of grad - x̂ · mean of grad · x̂), as a sum of grad, x and a constant
-        of_grad = weight * inv_std
-        of_x = -of_grad * inv_std * g_weight / (batch * tokens)
-        constant = -of_grad * g_bias / (batch * tokens) - of_x * mean
-        of_grad, of_x, constant = (part.unsqueeze(1) for part in (of_grad, of_x, constant))
-        g_x = torch.addcmul(torch.addcmul(constant, x.to(mean.dtype), of_x), grad.to(mean.dtype), of_grad)
-        return g_x.to(x.dtype), g_weight.to(weight.dtype), g_bias.to(bias.dtype), *unused
 
 
 class _Keep(torch.autograd.Function):

@@ -282,8 +282,10 @@ def build_segmenter(
     skips = head_class is LightSkipHead
     backbone = Backbone(build_model(model, **(model_args or {})), num_maps, full_resolution=skips)
     in_chans = backbone.channels
-    if len(in_chans) < 2 and (skips or aux):
-        raise ValueError(f"{model} gives one feature map; light_skip and auxiliary heads need two")
+    if len(in_chans) < 2 and skips:
+        raise ValueError(f"{model} gives one feature map, and the head light_skip needs two")
+    if len(in_chans) < 2 and aux:
+        raise ValueError(f"{model} gives one feature map, and an auxiliary head needs two: --loss.aux 0 is without one")
     if channels is None:
         channels = 512 if head == "upernet" else in_chans[1 if skips else 0]
     return Segmenter(

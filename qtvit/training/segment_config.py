@@ -102,7 +102,7 @@ class SegmentConfig(TrainConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self.head in (None, *HEADS), "head", self.head, " or ".join(HEADS))
+        require(self.head in (None, *HEADS), "head", self.head, f"one of {', '.join(HEADS)}")
         require(self.head_channels is None or self.head_channels > 0, "head_channels", self.head_channels, "1 or more")
         require(self.img_size is None or self.img_size >= 0, "img_size", self.img_size, "0 or more")
         require(0 <= self.drop_rate < 1, "drop_rate", self.drop_rate, "from 0 to below 1")

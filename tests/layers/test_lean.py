@@ -10,7 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from qtvit.bench.train import bytes_kept
-from qtvit.layers import ConvNormAct, ConvPair, DSConv, FusedMBConv, MBConv, lean, set_recompute_activations
+from qtvit.layers import (
+    ConvNormAct,
+    ConvPair,
+    DSConv,
+    FusedMBConv,
+    MBConv,
+    MultiScaleAttention,
+    lean,
+    set_recompute_activations,
+)
 from qtvit.models import Architecture, QTViT
 
 BLOCKS = {
@@ -70,9 +79,12 @@ def test_a_training_step_is_the_same(
         torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance * float(want.detach().float().abs().max()))
 
 
-@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize("block", [*BLOCKS, "attention"])
 def test_it_can_be_turned_off(block: str, plain: Callable[[], None]) -> None:
-    module = BLOCKS[block]("hard_swish").train()
+    if block == "attention":
+        module: nn.Module = MultiScaleAttention(6, head_dim=3, map_size=(32, 32)).train()
+    else:
+        module = BLOCKS[block]("hard_swish").train()
     x = torch.randn(3, 6, 32, 32, requires_grad=True)
     set_recompute_activations(module, False)
     kept = bytes_kept(lambda: module(x), module)
@@ -116,51 +128,6 @@ def test_an_enclosing_checkpoint_keeps_its_input_alone(randomize: Callable[..., 
     whole = Checkpointed(checkpointed)
     for got, want in zip(results(whole, x.detach()), results(plain, x.detach()), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5 * float(want.detach().abs().max()))
-
-
-@pytest.mark.parametrize("again", [True, False])
-@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16], ids=str)
-def test_norms_of_tokens_are_those_of_torch(dtype: torch.dtype | None, again: bool) -> None:
-    """Outputs, gradients and statistics, for views of a larger tensor."""
-    x = (3 + 2 * torch.randn(4, 2, 5, 7)).to(dtype or torch.float32)[:, 1].requires_grad_()
-    norms = [nn.BatchNorm1d(5).train() for _ in range(2)]
-    for norm in norms:
-        norm.load_state_dict({**norm.state_dict(), "weight": torch.arange(-1.0, 4), "bias": torch.arange(5.0)})
-    grad = torch.randn(4, 5, 7).to(x.dtype)
-    act = nn.GELU()
-    with torch.autocast("cpu", dtype, enabled=dtype is not None):
-        outs = [lean.norm_act(x, norms[0], act, recompute_activations=again), act(norms[1](x))]
-    step, plain = (
-        [out, *torch.autograd.grad(out, [x, *norm.parameters()], grad), *norm.buffers()]
-        for out, norm in zip(outs, norms, strict=True)
-    )
-    assert "TokenNorm" in str(outs[0].grad_fn.next_functions)  # type: ignore[union-attr]
-    tolerance = 1e-5 if dtype is None else 4 * torch.finfo(dtype).eps
-    for got, want in zip(step, plain, strict=True):
-        assert got.dtype == want.dtype
-        torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance * float(want.detach().float().abs().max()))
-
-
-@pytest.mark.parametrize("trained", [(True, True, True), (True, False, False), (False, False, True)])
-def test_derivatives_of_norms_of_tokens(trained: tuple[bool, ...]) -> None:
-    sizes = ((4, 3, 2), (3,), (3,))
-    inputs = [
-        torch.randn(*size, dtype=torch.double).requires_grad_(on) for size, on in zip(sizes, trained, strict=True)
-    ]
-
-    def norm(*inputs: Tensor) -> Tensor:
-        out: Any = lean._TokenNorm.apply(*inputs, None, None, True, 0.0, 1e-5)
-        return out[0].square()
-
-    assert torch.autograd.gradcheck(norm, inputs)
-    assert torch.autograd.gradgradcheck(norm, inputs)
-
-
-def test_norms_in_half_precision_have_gradients_of_short_tokens() -> None:
-    x = (1e-4 * torch.randn(4, 5, 7)).half().requires_grad_()
-    norm = nn.BatchNorm1d(5).half().train()
-    lean.norm_act(x, norm, nn.GELU()).sum().backward()
-    assert all(part.grad is not None and part.grad.isfinite().all() for part in (x, *norm.parameters()))
 
 
 @pytest.mark.parametrize("block", ["mb", "mb, fewer norm"])

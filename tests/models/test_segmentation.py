@@ -258,10 +258,18 @@ def test_what_users_get_wrong(shrunken: None, args: dict[str, Any], message: str
         build_segmenter(**{"model": "qtvit_1", "num_classes": 5, **args})
 
 
-@pytest.mark.parametrize(("head", "aux"), [("light_skip", False), ("light", True)])
-def test_a_backbone_with_one_map(shrunken: None, monkeypatch: pytest.MonkeyPatch, head: str, aux: bool) -> None:
+@pytest.mark.parametrize(
+    ("head", "aux", "message"),
+    [
+        ("light_skip", False, "the head light_skip needs two$"),
+        ("light", True, "an auxiliary head needs two: --loss.aux 0"),
+    ],
+)
+def test_a_backbone_with_one_map(
+    shrunken: None, monkeypatch: pytest.MonkeyPatch, head: str, aux: bool, message: str
+) -> None:
     nano = build_model("qtvit_nano")
     del nano.feature_info[:2]
     monkeypatch.setattr("qtvit.models.segmentation.build_model", lambda _: nano)
-    with pytest.raises(ValueError, match="qtvit_nano gives one feature map; light_skip and auxiliary heads need two"):
+    with pytest.raises(ValueError, match=f"qtvit_nano gives one feature map, and {message}"):
         build_segmenter("qtvit_nano", num_classes=5, head=head, aux=aux)
