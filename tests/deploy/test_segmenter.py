@@ -52,7 +52,7 @@ def test_fused_outputs_are_the_same(make: Callable[[str], nn.Module], head: str)
             assert not any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in fused.modules())
 
 
-@pytest.mark.parametrize(("format", "head"), [("onnx", "upernet"), ("torch", "light")])
+@pytest.mark.parametrize(("format", "head"), [("onnx", "upernet"), ("onnx", "light_skip"), ("torch", "light")])
 def test_exported_for_any_size(make: Callable[[str], nn.Module], format: str, head: str, tmp_path: Path) -> None:
     """Also in OpenVINO, whose files are made of ONNX."""
     info = ModelInfo("qtvit_nano", {}, [f"class {i}" for i in range(6)], {"size": [32, 32]}, task="segment")
