@@ -101,8 +101,8 @@ def _add_train(kinds: Commands) -> None:
     steps.add_argument(
         "--recompute-activations",
         action=argparse.BooleanOptionalAction,
-        default=True,
-        help="as in training: --no-recompute-activations is faster, in more memory (qtvit's models only)",
+        default=False,
+        help="as in training: less memory, more time (qtvit's models only)",
     )
     _add_common(steps, rounds=10)
     steps.set_defaults(command=bench_train)

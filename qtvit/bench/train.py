@@ -12,7 +12,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
 
 from qtvit.device import resolve_device
-from qtvit.layers import set_recompute_activations
+from qtvit.layers import recompute_activations as apply_recomputation
 from qtvit.models import check_img_size
 
 from .candidates import Candidate
@@ -29,7 +29,7 @@ def bench_training(
     rounds: int = 10,
     device: str = "auto",
     autocast: torch.dtype | None = None,
-    recompute_activations: bool = True,
+    recompute_activations: bool = False,
 ) -> dict[str, Any]:
     """Forward and backward pass of each of ``models`` next to ``peer``, eager, channels-last, cross-entropy.
 
@@ -42,7 +42,7 @@ def bench_training(
         rounds: steps of each model that are timed.
         device: see `qtvit.device.resolve_device`.
         autocast: dtype of mixed precision, or None.
-        recompute_activations: see `qtvit.layers.set_recompute_activations`.
+        recompute_activations: see `qtvit.layers.recompute_activations`.
 
     Returns:
         "settings", "environment", and for each model under "models" the bytes kept for the backward pass per image
@@ -66,7 +66,8 @@ def bench_training(
         check_img_size(model, img_size)
         if candidate.form == "as released":
             model = as_released(model)
-        set_recompute_activations(model, recompute_activations)
+        if recompute_activations:
+            apply_recomputation(model)
         model = model.train().to(where).to(memory_format=torch.channels_last)
         forward = partial(_loss, model, images, labels, autocast)
         kept[name] = bytes_kept(forward, model) / batch_size

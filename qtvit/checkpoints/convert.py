@@ -164,11 +164,12 @@ def _convert(
     target: Any = build_model(info.model, **args)
     if img_size is not None:
         check_img_size(target, (img_size[0], img_size[1]))
-    missing, unexpected = load_strictly(target, fit_weights(weights.tensors, target))
+    fitted = fit_weights(weights.tensors, target.state_dict(), target.cfg, target.kernel)
+    missing, unexpected = load_strictly(target, fitted)
     state_dict = target.state_dict()
     if broken := [name for name, tensor in state_dict.items() if not tensor.isfinite().all()]:
         raise ValueError(f"NaN or infinity in {len(broken)} tensors: {some(broken, 3)}")
-    mapped = {ours: theirs for theirs, ours in own_names(weights.tensors, target).items()}
+    mapped = {ours: theirs for theirs, ours in own_names(weights.tensors, state_dict, target.cfg).items()}
     transformed = {
         ours: change
         for ours, theirs in mapped.items()

@@ -133,7 +133,7 @@ def load_model(
     info = dataclasses.replace(info, model_args={**known_args, **model_args})
     model: Any = build_task_model(info.task, info.model, info.model_args, info.task_args)
     if swap_kernel:
-        state_dict = take_over(state_dict, model)
+        state_dict = take_over(state_dict, model.state_dict(), model.kernel)
     elif isinstance(model, QTViT) and (mismatch := kernel_mismatch(state_dict, model.kernel)):
         raise ValueError(f"{path}: {mismatch}")
     try:
@@ -225,7 +225,7 @@ def read_model_file(
         raise ValueError(f"{path}: {error}") from error
     with torch.device("meta"):
         model: Any = build_model(name, **model_args)
-    return rename_keys(state_dict, model), ModelInfo.of_weights(name, model_args)
+    return rename_keys(state_dict, model.state_dict(), model.cfg), ModelInfo.of_weights(name, model_args)
 
 
 def described(weights: Weights) -> ModelInfo | None:

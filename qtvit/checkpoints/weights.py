@@ -163,7 +163,7 @@ def identify_model(
     for candidate in ARCHITECTURES if name is None else [name]:
         with torch.device("meta"):
             model: Any = build_model(candidate, **parts)
-        shapes = _shapes(rename_keys(state_dict, model))
+        shapes = _shapes(rename_keys(state_dict, model.state_dict(), model.cfg))
         model_args = {**_model_args(shapes, model), **parts}
         with torch.device("meta"):
             expected = _shapes(build_model(candidate, **model_args).state_dict())

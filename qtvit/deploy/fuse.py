@@ -4,23 +4,9 @@ import copy
 from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from qtvit.layers import ConvNormAct, MultiScaleAttention
-from qtvit.layers.eager import fold_norm
-
-
-class ChannelAffine(nn.Module):
-    """BatchNorm with fixed statistics as one multiplication and one addition: (B, D, N), same out."""
-
-    def __init__(self, norm: nn.BatchNorm1d) -> None:
-        super().__init__()
-        scale, offset = fold_norm(torch.ones_like(norm.weight), None, norm)
-        self.scale = nn.Buffer(scale.unsqueeze(1))
-        self.offset = nn.Buffer(offset.unsqueeze(1))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.addcmul(self.offset, x, self.scale)
 
 
 @torch.no_grad()
@@ -38,25 +24,12 @@ def fuse(model: nn.Module, img_size: tuple[int, int] | None = None) -> nn.Module
     fused = copy.deepcopy(model).eval().requires_grad_(False)
     sizes = {} if img_size is None else _map_sizes(fused, img_size)
     for name, module in fused.named_modules():
-        if isinstance(module, ConvNormAct):
-            _fold_conv_norm(module)
-        elif isinstance(module, MultiScaleAttention):
-            if isinstance(module.shortcut_norm, nn.BatchNorm1d):
-                module.shortcut_norm = ChannelAffine(module.shortcut_norm)
-            if module.pos_embed is not None and name in sizes:
-                resized = module.position(sizes[name]).reshape(1, -1, *sizes[name])
-                module.pos_embed = nn.Parameter(resized.clone(), requires_grad=False)
+        if isinstance(module, (ConvNormAct, MultiScaleAttention)):
+            module.fuse()
+        if isinstance(module, MultiScaleAttention) and module.pos_embed is not None and name in sizes:
+            resized = module.position(sizes[name]).reshape(1, -1, *sizes[name])
+            module.pos_embed = nn.Parameter(resized.clone(), requires_grad=False)
     return fused
-
-
-def _fold_conv_norm(module: ConvNormAct) -> None:
-    norm = getattr(module, "norm", None)
-    if type(module.conv) is not nn.Conv2d or type(norm) is not nn.BatchNorm2d:
-        return
-    weight, bias = fold_norm(module.conv.weight, module.conv.bias, norm)
-    module.conv.weight = nn.Parameter(weight, requires_grad=False)
-    module.conv.bias = nn.Parameter(bias, requires_grad=False)
-    del module.norm
 
 
 def _map_sizes(model: nn.Module, img_size: tuple[int, int]) -> dict[str, torch.Size]:

@@ -21,7 +21,7 @@ from qtvit.data import ImageSource, Preprocess, class_names, open_image
 from qtvit.device import resolve_device
 
 from .artifact import format_of
-from .runtimes import Network, Runtime, open_exported
+from .runtimes import FusedNetwork, Network, Runtime, open_exported
 
 DECODERS = max(2, min(8, os.cpu_count() or 1))
 """Threads that read images ahead; PIL decodes and resizes without Python's lock."""
@@ -61,9 +61,9 @@ class Predictor(ABC, Generic[P]):
     """A trained model with its classes and preprocessing, in whatever runs it: from pictures to ``P``.
 
     Args:
-        model: the network, or an exported file.
+        model: the network, which runs as it is, or what runs it.
         info: its description.
-        device: see `qtvit.device.resolve_device`; of an exported file, its own.
+        device: where the network runs, see `qtvit.device.resolve_device`; a runtime has its own.
         threads: of the CPU that the network may use; None leaves PyTorch's number.
 
     Attributes:
@@ -90,7 +90,7 @@ class Predictor(ABC, Generic[P]):
 
     @classmethod
     def load(cls: type[OfTask], path: str | Path, device: str = "auto", threads: int | None = None) -> OfTask:
-        """The model of a run folder, model file or weights file, or an exported one (.onnx, .xml, .pt2).
+        """The model of a run folder, model file or weights file, fused, or an exported one (.onnx, .xml, .pt2).
 
         Called on `Predictor` itself, it returns that of the model's task.
 
@@ -99,16 +99,17 @@ class Predictor(ABC, Generic[P]):
                 the model is for another task than this class.
             ModuleNotFoundError: what runs the exported file is not installed.
         """
-        model: nn.Module | Runtime
+        runtime: Runtime
         if format_of(path):
-            model = open_exported(path, device, threads)
-            info = model.artifact.info
+            runtime = exported = open_exported(path, device, threads)
+            info = exported.artifact.info
         else:
             model, info = load_model(path)
+            runtime = FusedNetwork(model, resolve_device(device), threads)
         fitting = [found for found in (cls, *cls.__subclasses__()) if getattr(found, "task", None) == info.task]
         if not fitting:
             check_task(path, info, cls.task)
-        return fitting[0](model, info, device, threads)
+        return fitting[0](runtime, info)
 
     @property
     def device(self) -> torch.device:
@@ -117,7 +118,7 @@ class Predictor(ABC, Generic[P]):
 
     @property
     def model(self) -> nn.Module:
-        """The PyTorch network; ValueError for an exported file, which has none."""
+        """The PyTorch network as it was trained; ValueError for an exported file, which has none."""
         if isinstance(self.runtime, Network):
             return self.runtime.module
         raise ValueError("an exported model has no layers to look into; give the run it was exported from")

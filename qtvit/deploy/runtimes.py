@@ -5,6 +5,7 @@ Shapes: B batch, H x W image.
 
 import zipfile
 from abc import ABC, abstractmethod
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from qtvit.device import kept_signal_stack, resolve_device
 
 from .artifact import INPUT, METADATA_KEY, OUTPUT, Artifact, format_of, no_description
+from .fuse import fuse
 
 OPENVINO_CONFIG = {"EXECUTION_MODE_HINT": "ACCURACY", "PERFORMANCE_HINT": "LATENCY"}
 """ACCURACY: in the precisions that the graph says, where OpenVINO by default makes bf16 of all on some CPUs."""
@@ -56,14 +58,28 @@ class Network(Runtime):
         self.device = device
         self.module = module.eval().to(device)
 
+    @cached_property
+    def running(self) -> nn.Module:
+        """What runs: the network itself."""
+        return self.module
+
     @torch.inference_mode()
     def __call__(self, pixels: Tensor) -> Tensor:
-        return self.module(pixels).float()
+        return self.running(pixels).float()
 
     @torch.inference_mode()
     def detect(self, image: Tensor) -> dict[str, Tensor]:
-        [found] = self.module([image.to(self.device)])
+        [found] = self.running([image.to(self.device)])
         return found
+
+
+class FusedNetwork(Network):
+    """A PyTorch network that runs fused, which is faster; ``module`` stays as it was trained."""
+
+    @cached_property
+    def running(self) -> nn.Module:
+        """The network fused (`qtvit.deploy.fuse`), as it is when this is first asked for."""
+        return fuse(self.module)
 
 
 class Exported(Runtime):

@@ -3,7 +3,7 @@
 from .attention import LinearAttention, MultiScaleAttention
 from .conv import ConvNormAct, ConvPair, DSConv, FusedMBConv, MBConv, Residual
 from .drop_path import DropPath, set_drop_path
-from .lean import recompute, set_recompute_activations
+from .recompute import recompute, recompute_activations
 
 __all__ = [
     "ConvNormAct",
@@ -16,6 +16,6 @@ __all__ = [
     "MultiScaleAttention",
     "Residual",
     "recompute",
+    "recompute_activations",
     "set_drop_path",
-    "set_recompute_activations",
 ]

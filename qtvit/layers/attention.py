@@ -1,12 +1,11 @@
-"""Multi-scale Taylor attention, the module that QT-ViT puts in place of EfficientViT's ReLU linear attention; and
-attention with the same kernels for plain vision transformers.
+"""Multi-scale attention, which QT-ViT puts in place of EfficientViT's, and linear attention for timm's transformers.
 
-Shapes: B batch, C channels, H x W the feature map, N = H·W tokens, D channels per head, S = 2 scales, heads = C // D
-per scale.
+Shapes: B batch, C channels, H x W feature map, N = H·W tokens, D channels per head, S = 2 scales, heads = C // D per
+scale.
 """
 
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,29 +14,28 @@ from torch.nn import functional as F
 from qtvit.ops import get_kernel, linear_attention, linear_attention_cf, masked_softmax_attention_cf
 
 from .conv import ConvNormAct
-from .eager import conv_norm_act, grouped_pointwise, is_eager_inference, norm_as_affine, pointwise
-from .lean import norm_act
 
 
 class MultiScaleAttention(nn.Module):
-    """Linear attention over tokens at two scales, with a positional map on the keys and a non-linear shortcut on the
-    values.
+    """Linear attention over tokens at two scales, with a positional map on the keys and a non-linear shortcut from the
+    values (QT-ViT, section 3): (B, C, H, W), same out.
 
     Args:
-        chans: C, in and out; a multiple of ``head_dim``.
+        chans: C, a multiple of ``head_dim``.
         head_dim: D.
-        map_size: (H, W) of the learned positional map; it is resized to whatever size the input has.
+        map_size: (H, W) of the learned positional map, which is resized to the input's.
         kernel: a name in ``qtvit.ops.KERNELS``.
         norm_eps: eps of the BatchNorms.
         ape: whether there is a positional map ("absolute positional embedding").
         shortcut: whether there is a shortcut.
-        attn_eps: what is added to the sum of a query's weights; None: the kernel's own.
-        softmax_residual: threshold of `qtvit.ops.masked_softmax_attention_cf`, which is added while training, and only
-            then (paper, Table 7); 0.02 in Castling-ViT's code. None: no such thing.
+        attn_eps: what is added to a query's sum of weights; None: the kernel's own.
+        softmax_residual: threshold of a `MaskedSoftmaxResidual`; None: there is none.
+
+    Raises:
+        ValueError: ``chans`` is no multiple of ``head_dim``, an unknown kernel, or a threshold out of range.
     """
 
     num_scales = 2
-    recompute_activations = True
 
     def __init__(
         self,
@@ -55,13 +53,10 @@ class MultiScaleAttention(nn.Module):
         super().__init__()
         if chans % head_dim:
             raise ValueError(f"width {chans} of an attention stage is not a multiple of head_dim {head_dim}")
-        if softmax_residual is not None and not 0 < softmax_residual < 1:
-            raise ValueError(f"softmax_residual is a threshold between 0 and 1 such as 0.02, got {softmax_residual}")
         heads = chans // head_dim
         self.head_dim = head_dim
         self.kernel = kernel
         self.attn_eps = attn_eps
-        self.softmax_residual = softmax_residual
         self.scalars = _learnable_scalars(kernel)
         self.qkv = nn.Conv2d(chans, 3 * chans, 1, bias=False)
         self.aggregate = nn.Sequential(
@@ -71,19 +66,17 @@ class MultiScaleAttention(nn.Module):
         self.pos_embed = nn.Parameter(torch.zeros(1, self.num_scales * chans, *map_size)) if ape else None
         self.shortcut_norm: nn.Module | None = nn.BatchNorm1d(head_dim, eps=norm_eps) if shortcut else None
         self.shortcut_act = nn.GELU()
+        self.softmax_residual = None if softmax_residual is None else MaskedSoftmaxResidual(softmax_residual)
         self.proj = ConvNormAct(self.num_scales * chans, chans, 1, norm_eps=norm_eps)
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.tokens(x)
         out = linear_attention_cf(q, k, v, self.kernel, dict(self.scalars.items()), self.attn_eps)
-        if self.softmax_residual is not None and self.training:
-            out = out + masked_softmax_attention_cf(q, k, v, self.softmax_residual)
+        if self.softmax_residual is not None:
+            out = self.softmax_residual(out, q, k, v)
         if self.shortcut_norm is not None:
             out = out + self.shortcut(v)
-        out = out.flatten(1, 2).unflatten(-1, x.shape[-2:])
-        if is_eager_inference(x, self.proj, *self.proj):
-            return conv_norm_act(out, *self.proj, channels_last=x.is_contiguous(memory_format=torch.channels_last))
-        return self.proj(out)
+        return self.proj(out.flatten(1, 2).unflatten(-1, x.shape[-2:]))
 
     def tokens(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(B, C, H, W) -> the q, k, v that attention sees, each (B, S·heads, D, N); N counts row by row."""
@@ -93,18 +86,11 @@ class MultiScaleAttention(nn.Module):
         return q, k, v
 
     def multi_scale_qkv(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(B, C, H, W) -> q, k, v, each (B, S·heads, D, N); keys are still without position.
-
-        They are views of one tensor, which lies as it is indexed whatever the memory format of x: so none is copied.
-        """
-        depth_conv, point_conv = cast(list[nn.Conv2d], list(self.aggregate))
-        if is_eager_inference(x, self.qkv, self.aggregate, depth_conv, point_conv):
-            qkv = pointwise(x, self.qkv.weight, None, channels_last=False)
-            aggregated = grouped_pointwise(depth_conv(qkv), point_conv.weight, point_conv.groups)
-        else:
-            qkv = self.qkv(x)
-            aggregated = self.aggregate(qkv)
-        multi_scale = torch.cat([qkv.flatten(2), aggregated.flatten(2)], 1)
+        """(B, C, H, W) -> q, k, v, each (B, S·heads, D, N); the keys are still without position."""
+        qkv = self.qkv(x)
+        # Joined as tokens, which lie channels-first even where x is channels-last: q, k and v are then views, and
+        # batch and heads fold into one dimension for the matrix products, without a copy.
+        multi_scale = torch.cat([qkv.flatten(2), self.aggregate(qkv).flatten(2)], 1)
         q, k, v = multi_scale.unflatten(1, (-1, 3, self.head_dim)).unbind(2)
         return q, k, v
 
@@ -112,20 +98,64 @@ class MultiScaleAttention(nn.Module):
         """The positional map at ``size`` (H, W), as keys: (1, S·heads, D, N). Exactly the parameter at its own size."""
         assert self.pos_embed is not None
         resized: Tensor = self.pos_embed
+        # At its own size, bicubic interpolation is the identity but takes 0.3 ms on a CPU. A graph for all sizes has
+        # symbolic ones, which must not be compared: that would tie the graph to the answer.
         if any(isinstance(side, torch.SymInt) for side in size) or size != resized.shape[-2:]:
             resized = F.interpolate(resized, size=size, mode="bicubic", align_corners=False)
-        # a network in channels-last has made the parameter so, too, but keys are channels-first
+        # A network in channels-last has made the parameter so, too, but keys are channels-first.
         return resized.contiguous().flatten(2).unflatten(1, (-1, self.head_dim))
 
     def shortcut(self, v: Tensor) -> Tensor:
-        """GELU(BN(v)); the statistics over D are shared by all heads. (B, S·heads, D, N), same out."""
+        """GELU(BN(v)) with one statistic for each of the D channels, shared by all heads: (B, S·heads, D, N), same
+        out.
+        """
         assert self.shortcut_norm is not None
-        if is_eager_inference(v, self, self.shortcut_norm, self.shortcut_act):
-            return self.shortcut_act(norm_as_affine(v.flatten(0, 1), self.shortcut_norm)).unflatten(0, v.shape[:2])
-        tokens, shape = v.flatten(0, 1), v.shape[:2]
-        if not self.recompute_activations:
-            return self.shortcut_act(self.shortcut_norm(tokens)).unflatten(0, shape)
-        return norm_act(tokens, self.shortcut_norm, self.shortcut_act).unflatten(0, shape)
+        return self.shortcut_act(self.shortcut_norm(v.flatten(0, 1))).unflatten(0, v.shape[:2])
+
+    @torch.no_grad()
+    def fuse(self) -> "MultiScaleAttention":
+        """Make one multiplication and addition of the shortcut's BatchNorm; returns the module, changed in place.
+
+        timm's ``reparameterize_model`` calls this, too.
+        """
+        if isinstance(self.shortcut_norm, nn.BatchNorm1d):
+            self.shortcut_norm = ChannelAffine(self.shortcut_norm)
+        return self
+
+
+class MaskedSoftmaxResidual(nn.Module):
+    """Adds `qtvit.ops.masked_softmax_attention_cf` while training, and nothing in evaluation (paper, Table 7).
+
+    Args:
+        threshold: weights up to it do not count; 0.02 in Castling-ViT's code.
+
+    Raises:
+        ValueError: ``threshold`` is not between 0 and 1.
+    """
+
+    def __init__(self, threshold: float) -> None:
+        super().__init__()
+        if not 0 < threshold < 1:
+            raise ValueError(f"softmax_residual is a threshold between 0 and 1 such as 0.02, got {threshold}")
+        self.threshold = threshold
+
+    def forward(self, out: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return out + masked_softmax_attention_cf(q, k, v, self.threshold) if self.training else out
+
+
+class ChannelAffine(nn.Module):
+    """A BatchNorm with its running statistics as one multiplication and one addition: (B, D, N), same out."""
+
+    def __init__(self, norm: nn.BatchNorm1d) -> None:
+        super().__init__()
+        assert norm.running_mean is not None
+        assert norm.running_var is not None
+        scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
+        self.scale = nn.Buffer(scale.unsqueeze(1))
+        self.offset = nn.Buffer(torch.addcmul(norm.bias, norm.running_mean, scale, value=-1).unsqueeze(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.addcmul(self.offset, x, self.scale)
 
 
 class LinearAttention(nn.Module):

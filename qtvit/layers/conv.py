@@ -1,26 +1,26 @@
 """The convolutional blocks of EfficientViT's two families.
 
-Each block maps (B, in_chans, H, W) to (B, out_chans, ceil(H / stride), ceil(W / stride)) and ends in a norm without
-activation: residual sums are not activated. "Fewer norm" blocks (``fewer_norm=True``) have a bias in place of the
-inner norms.
+Every block maps (B, in_chans, H, W) to (B, out_chans, ceil(H / stride), ceil(W / stride)). Its last convolution is
+followed by a norm and no activation, so the sum of a residual block is not activated. In a "fewer norm" block
+(``fewer_norm=True``) the inner convolutions have a bias and no norm.
 """
 
 from functools import partial
-from typing import Any
 
+import torch
 from timm.layers import create_act_layer
 from torch import Tensor, nn
-
-from .eager import conv_norm_act, is_eager_inference
-from .lean import is_lean, norm_act, norm_act_conv
+from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 
-class ConvNormAct(nn.Sequential):
-    """Convolution with "same" padding, then BatchNorm (or a bias, if ``norm_eps`` is None), then the activation (if
-    any).
+class ConvNormAct(nn.Module):
+    """Convolution, BatchNorm, activation.
+
+    Args:
+        in_chans, out_chans, kernel_size, stride, groups: of the convolution; its padding keeps H and W at stride 1.
+        norm_eps: eps of the BatchNorm; None: the convolution has a bias instead.
+        act: name of the activation, as in ``timm.layers``; None: no activation.
     """
-
-    recompute_activations = True
 
     def __init__(
         self,
@@ -36,43 +36,35 @@ class ConvNormAct(nn.Sequential):
         super().__init__()
         padding = kernel_size // 2
         self.conv = nn.Conv2d(in_chans, out_chans, kernel_size, stride, padding, groups=groups, bias=norm_eps is None)
-        if norm_eps is not None:
-            self.norm = nn.BatchNorm2d(out_chans, eps=norm_eps)
-        if act is not None:
-            self.act = create_act_layer(act, inplace=False)
+        self.norm = nn.Identity() if norm_eps is None else nn.BatchNorm2d(out_chans, eps=norm_eps)
+        self.act = nn.Identity() if act is None else create_act_layer(act, inplace=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        if is_eager_inference(x, *self) and isinstance(self.conv, nn.Conv2d):
-            return conv_norm_act(x, *self)
-        if len(self) < 3 or not self.recompute_activations:
-            return super().forward(x)
-        return norm_act(self.conv(x), self.norm, self.act)
+        x = self.conv(x)
+        x = self.norm(x)
+        x = self.act(x)
+        return x
+
+    @torch.no_grad()
+    def fuse(self) -> "ConvNormAct":
+        """Fold the BatchNorm, with its running statistics, into the convolution; returns the module, changed in place.
+
+        timm's ``reparameterize_model`` calls this, too. A norm or convolution of another kind, which somebody has put
+        there, stays as it is.
+        """
+        conv, norm = self.conv, self.norm
+        if isinstance(norm, nn.BatchNorm2d) and type(conv) is nn.Conv2d:
+            assert norm.running_mean is not None
+            assert norm.running_var is not None
+            conv.weight, conv.bias = fuse_conv_bn_weights(
+                conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
+            )
+            self.norm = nn.Identity()
+        return self
 
 
-class ConvBlock(nn.Sequential):
-    """Several `ConvNormAct` in a row, which in training keep the outputs of the convolutions alone.
-
-    Their parts are then called across their borders (the activation of one with the convolution of the next), and the
-    BatchNorms by their function, so forward hooks on a `ConvNormAct` or an inner BatchNorm run in evaluation only.
-    `qtvit.layers.set_recompute_activations` changes that.
-    """
-
-    recompute_activations = True
-
-    def forward(self, x: Tensor) -> Tensor:
-        layers: list[Any] = list(self)
-        norms = [getattr(layer, "norm", None) for layer in layers]
-        is_fused = norms[-1] is None  # for inference
-        if is_fused or not self.recompute_activations or not is_lean(x, *(norm for norm in norms if norm is not None)):
-            return super().forward(x)
-        x = layers[0].conv(x)
-        for layer, norm, following in zip(layers, norms, layers[1:], strict=False):
-            x = norm_act_conv(x, norm, layer.act, following.conv)
-        return layers[-1].norm(x)
-
-
-class DSConv(ConvBlock):
-    """Depthwise-separable convolution: depthwise 3×3, pointwise 1×1."""
+class DSConv(nn.Sequential):
+    """Depthwise-separable convolution: a depthwise 3×3, then a pointwise 1×1."""
 
     def __init__(self, in_chans: int, out_chans: int, *, stride: int = 1, norm_eps: float, act: str) -> None:
         super().__init__()
@@ -80,8 +72,8 @@ class DSConv(ConvBlock):
         self.point_conv = ConvNormAct(in_chans, out_chans, 1, norm_eps=norm_eps)
 
 
-class ConvPair(ConvBlock):
-    """Two 3×3 convolutions, the first activated."""
+class ConvPair(nn.Sequential):
+    """Two 3×3 convolutions, of which the first is activated."""
 
     def __init__(self, in_chans: int, out_chans: int, *, stride: int = 1, norm_eps: float, act: str) -> None:
         super().__init__()
@@ -89,7 +81,7 @@ class ConvPair(ConvBlock):
         self.conv2 = ConvNormAct(out_chans, out_chans, 3, norm_eps=norm_eps)
 
 
-class MBConv(ConvBlock):
+class MBConv(nn.Sequential):
     """Inverted bottleneck: pointwise 1×1 to ``expand`` times the channels, depthwise 3×3, pointwise 1×1."""
 
     def __init__(
@@ -111,7 +103,7 @@ class MBConv(ConvBlock):
         self.point_conv = ConvNormAct(mid, out_chans, 1, norm_eps=norm_eps)
 
 
-class FusedMBConv(ConvBlock):
+class FusedMBConv(nn.Sequential):
     """Inverted bottleneck with one dense 3×3 in place of the expansion and the depthwise convolution."""
 
     def __init__(

@@ -1,9 +1,10 @@
 """The network and its variants; importing this registers them with timm."""
 
+from .architectures import ARCHITECTURES, PUBLISHED_ACCURACY, Architecture, Stage
 from .backbone import load_backbone
 from .build import ModelCost, build_model, check_img_size, model_cost
 from .detection import Detector, build_detector
-from .qtvit import ARCHITECTURES, PUBLISHED_ACCURACY, SHIPPED_WEIGHTS, Architecture, QTViT, Stage
+from .qtvit import SHIPPED_WEIGHTS, QTViT
 from .tasks import build_task_model
 
 __all__ = [

@@ -81,12 +81,12 @@ def load_backbone(backbone: Backbone, state_dict: Mapping[str, Tensor]) -> list[
         ValueError: weights are missing, of another shape, or of no part of such a classifier; nothing is loaded then.
     """
     body: Any = backbone.body
-    given = fit_weights(state_dict, body) if isinstance(body, QTViT) else dict(state_dict)
+    own = body.state_dict()
+    given = fit_weights(state_dict, own, body.cfg, body.kernel) if isinstance(body, QTViT) else dict(state_dict)
     if isinstance(body, QTViT) and (mismatch := kernel_mismatch(given, body.kernel)):
         raise ValueError(mismatch)
     dropped = [name for name in given if name.split(".")[0] in backbone.removed]
     weights = {name: tensor for name, tensor in given.items() if name not in set(dropped)}
-    own = body.state_dict()
     wrong = [f"{name} is missing" for name in own if name not in weights]
     wrong += [f"{name} is not of this model" for name in weights if name not in own]
     wrong += [

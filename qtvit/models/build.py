@@ -11,8 +11,12 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from qtvit.errors import unknown_name
+from qtvit.ops import KERNELS
 
 from .qtvit import QTViT
+
+ABLATION_KERNELS = "table3_"
+"""What the names of kernels begin with that only an ablation knows."""
 
 
 def build_model(name: str, **model_args: Any) -> nn.Module:
@@ -23,6 +27,11 @@ def build_model(name: str, **model_args: Any) -> nn.Module:
     """
     if not timm.is_model(name):
         raise unknown_name("model", name, [*timm.list_models("qtvit*"), *timm.list_models(exclude_filters="qtvit*")])
+    kernel = str(model_args.get("kernel", ""))
+    if kernel.startswith(ABLATION_KERNELS) and kernel not in KERNELS:
+        raise ValueError(
+            f"kernel {kernel!r} of an ablation is known only within qtvit.training.table3.table3_kernels()"
+        )
     try:
         return timm.create_model(name, **model_args)
     except (TypeError, AssertionError, RuntimeError) as error:  # the latter for weights that do not fit

@@ -4,12 +4,10 @@ The authors' release of QT-ViT builds on MIT's EfficientViT and has its names, w
 the shortcut's norm, the kernel's scalar). timm's port of EfficientViT has names of its own.
 """
 
-from __future__ import annotations
-
 import contextlib
 import re
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,8 +15,7 @@ from torch.nn import functional as F
 
 from qtvit.ops import KERNELS, get_kernel
 
-if TYPE_CHECKING:
-    from .qtvit import Architecture, QTViT
+from .architectures import Architecture
 
 TIMM_ATTN_EPS = 1e-5
 """What timm's EfficientViT adds to its sums of weights."""
@@ -111,24 +108,30 @@ def source_of(names: Iterable[str]) -> str:
     return "qtvit" if "stages.0.0.conv.weight" in names else ""
 
 
-def own_names(names: Iterable[str], model: QTViT) -> dict[str, str]:
-    """Our name for each of these names, whosever they are; those that are nobody's stay as they are."""
+def own_names(names: Iterable[str], own: Iterable[str], cfg: Architecture) -> dict[str, str]:
+    """Our name for each of ``names``, whosever they are; names that are nobody's stay as they are.
+
+    Args:
+        names: of somebody's weights.
+        own: names of the weights of our model.
+        cfg: the model's architecture.
+    """
     ours = {}
-    for key in model.state_dict():
+    for key in own:
         for name_of in (released_name, timm_name):
-            with contextlib.suppress(ValueError):  # of parts that somebody has added to the model
-                ours[name_of(key, model.cfg)] = key
+            with contextlib.suppress(ValueError):  # a part that somebody has added to the model
+                ours[name_of(key, cfg)] = key
     return {name: ours.get(name, name) for name in names}
 
 
-def rename_keys(state_dict: Mapping[str, Any], model: QTViT) -> dict[str, Tensor]:
-    """A state dict with our names from one with anybody's.
+def rename_keys(state_dict: Mapping[str, Any], own: Iterable[str], cfg: Architecture) -> dict[str, Any]:
+    """A state dict with our names from one with anybody's; ``own`` and ``cfg`` as for `own_names`.
 
     Raises:
-        ValueError: two of its tensors are the same one of ``model``.
+        ValueError: two of its tensors have the same name of ours.
     """
     renamed: dict[str, Any] = {}
-    names = own_names(state_dict, model)
+    names = own_names(state_dict, own, cfg)
     for key, value in state_dict.items():
         if names[key] in renamed:
             raise ValueError(f"{names[key]} is there under two names, of which one is {key}")
@@ -136,14 +139,19 @@ def rename_keys(state_dict: Mapping[str, Any], model: QTViT) -> dict[str, Tensor
     return renamed
 
 
-def take_over(state_dict: Mapping[str, Tensor], model: QTViT) -> dict[str, Tensor]:
-    """What ``model`` takes over of weights (with our names) that were trained with another attention.
+def take_over(state_dict: Mapping[str, Tensor], own: Mapping[str, Tensor], kernel: str) -> dict[str, Tensor]:
+    """What a model takes over of weights (with our names) that were trained with another attention than its own.
 
-    Everything that both have. Parts that only ``model`` has begin at what disturbs least: positional maps of 0,
-    shortcuts that are silent (GELU(0) = 0; their gradient is not), scalars as in a new model. Parts that it has not are
+    It takes everything that both have. Parts that only the model has begin at what disturbs least: positional maps at
+    0, shortcuts silent (GELU(0) = 0; their gradient is not), scalars as in a new model. Parts that it does not have are
     left out.
+
+    Args:
+        state_dict: the weights.
+        own: the model's state dict.
+        kernel: of the model.
     """
-    own, scalars = model.state_dict(), get_kernel(model.kernel).scalars
+    scalars = get_kernel(kernel).scalars
     taken = {key: value for key, value in state_dict.items() if key in own or not _NEW_PART.search(key)}
     for key, value in own.items():
         if key not in taken and (part := _NEW_PART.search(key)):
@@ -156,25 +164,32 @@ def take_over(state_dict: Mapping[str, Tensor], model: QTViT) -> dict[str, Tenso
     return taken
 
 
-def fit_weights(state_dict: Mapping[str, Any], model: QTViT) -> dict[str, Tensor]:
-    """Weights with anybody's names as those of ``model``: named as it names them, positional maps resized to its own as
-    they are at run time, and EfficientViT's completed by what `take_over` adds.
+def fit_weights(
+    state_dict: Mapping[str, Any], own: Mapping[str, Tensor], cfg: Architecture, kernel: str
+) -> dict[str, Any]:
+    """Weights with anybody's names as a model of ours can load them.
+
+    They get our names, positional maps are resized to the model's as they would be at run time, and weights of
+    EfficientViT are completed by `take_over`.
+
+    Args:
+        state_dict: the weights.
+        own: the model's state dict.
+        cfg, kernel: of the model.
+
+    Raises:
+        ValueError: two of the tensors have the same name of ours.
     """
-    fitted = rename_keys(state_dict, model)
+    fitted = rename_keys(state_dict, own, cfg)
     if source_of(state_dict) in ("mit", "timm"):
-        fitted = take_over(fitted, model)
-    for key, own in model.state_dict().items():
+        fitted = take_over(fitted, own, kernel)
+    for key, value in own.items():
         given = fitted.get(key)
-        if key.endswith("pos_embed") and given is not None and given.ndim == 4 and given.shape[2:] != own.shape[2:]:
+        if key.endswith("pos_embed") and given is not None and given.ndim == 4 and given.shape[2:] != value.shape[2:]:
             precise = given.to(torch.promote_types(given.dtype, torch.float32))
-            resized = F.interpolate(precise, size=own.shape[2:], mode="bicubic", align_corners=False)
+            resized = F.interpolate(precise, size=value.shape[2:], mode="bicubic", align_corners=False)
             fitted[key] = resized.to(given.dtype)
     return fitted
-
-
-def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: QTViT) -> dict[str, Tensor]:
-    """What timm calls with downloaded weights: `fit_weights`, of a dict that may have them under ``state_dict``."""
-    return fit_weights(state_dict.get("state_dict", state_dict), model)
 
 
 def kernel_scalars(names: Iterable[str]) -> set[str]:

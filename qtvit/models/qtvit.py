@@ -7,13 +7,11 @@ design is that of "EfficientViT: Multi-Scale Linear Attention for High-Resolutio
 Shapes: B batch, C channels, H x W image or feature map. The network takes any H x W, square or not.
 """
 
-import contextlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -35,57 +33,8 @@ from qtvit.layers import (
     recompute,
 )
 
-from .foreign import checkpoint_filter_fn, fit_weights, kernel_mismatch, released_name
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One resolution level: a block that changes width and resolution, then ``depth`` residual blocks.
-
-    Attributes:
-        width: channels out.
-        depth: residual blocks after the first.
-        block: kind of those blocks; "attn" is attention followed by a local MBConv.
-        first: kind of the first block; "conv" is the plain 3×3 stem convolution.
-        stride: of the first block.
-        expand: expansion of the residual MBConvs.
-        first_expand: expansion of the first block.
-        fewer_norm: MBConvs have biases in place of their inner norms.
-    """
-
-    width: int
-    depth: int
-    block: Literal["ds", "pair", "mb", "fused", "attn"]
-    first: Literal["conv", "mb", "fused"] = "mb"
-    stride: int = 2
-    expand: int = 4
-    first_expand: int = 4
-    fewer_norm: bool = False
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """Everything that tells one variant from another.
-
-    Attributes:
-        stages: from the highest resolution to the lowest.
-        head_dim: channels per attention head.
-        head_widths: channels of the head's 1×1 convolution and of its hidden linear layer.
-        act: name of the activation, as in ``timm.layers``.
-        norm_eps: eps of every norm.
-        img_size: side for which the positional maps are laid out by default.
-        conv_init: initial weights of convolutions: "trunc_normal" of 0.02, as in the paper, or "kaiming" (normal, by
-            fan-in), with which a narrow network does not begin almost silent where blocks have no inner norms.
-    """
-
-    stages: tuple[Stage, ...]
-    head_dim: int
-    head_widths: tuple[int, int]
-    act: str = "hard_swish"
-    norm_eps: float = 1e-5
-    img_size: int = 224
-    conv_init: Literal["trunc_normal", "kaiming"] = "trunc_normal"
-
+from .architectures import ARCHITECTURES, Architecture, Stage
+from .foreign import fit_weights, kernel_mismatch
 
 # Its op dispatches on shapes, dtypes and devices, which torch.fx cannot trace; as a leaf it can stay in a traced graph.
 register_notrace_module(MultiScaleAttention)
@@ -273,8 +222,11 @@ class QTViT(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """(B, in_chans, H, W) -> (B, num_features, ceil(H / reduction), ceil(W / reduction))."""
-        for stage in self.stages:
-            x = self._run_stage(stage, x)
+        if self.grad_checkpointing and self.training:
+            for stage in self.stages:
+                x = recompute(stage, x)
+        else:
+            x = self.stages(x)
         return x
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
@@ -310,7 +262,7 @@ class QTViT(nn.Module):
         take_indices, max_index = feature_take_indices(len(self.stages), indices)
         intermediates = []
         for i, stage in enumerate(self.stages[: max_index + 1] if stop_early else self.stages):
-            x = self._run_stage(stage, x)
+            x = recompute(stage, x) if self.grad_checkpointing and self.training else stage(x)
             if i in take_indices:
                 intermediates.append(x)
         return intermediates if intermediates_only else (x, intermediates)
@@ -346,15 +298,13 @@ class QTViT(nn.Module):
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
-        """Parameters that the paper's recipe does not decay: those with "norm" or "bias" in their *released* name.
+        """Parameters that the paper's recipe does not decay: biases, and the weights of all norms but the shortcuts'.
 
-        So the shortcut's BatchNorm weight, the kernel's scalars and the positional maps are decayed.
+        The recipe exempts what has "norm" or "bias" in its name, and the shortcut's norm is called "bn" in the authors'
+        code. So the weights of the shortcuts' norms, the kernel's scalars and the positional maps are decayed.
         """
-        exempt = set()
-        for name, _ in self.named_parameters():
-            with contextlib.suppress(ValueError):  # a part that somebody has added
-                exempt |= {name} if re.search("norm|bias", released_name(name, self.cfg)) else set()
-        return exempt
+        names = (name for name, _ in self.named_parameters())
+        return {name for name in names if re.search(r"\.bias$|(?<!\.shortcut_)norm\.weight$", name)}
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
@@ -390,16 +340,13 @@ class QTViT(nn.Module):
     ) -> None:
         """Called by ``load_state_dict`` of this module or of one around it."""
         given = {key: state_dict.pop(key) for key in list(state_dict) if key.startswith(prefix)}
-        weights = fit_weights({key.removeprefix(prefix): value for key, value in given.items()}, self)
+        weights = fit_weights(
+            {key.removeprefix(prefix): value for key, value in given.items()}, self.state_dict(), self.cfg, self.kernel
+        )
         state_dict.update({prefix + key: value for key, value in weights.items()})
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
-
-    def _run_stage(self, stage: nn.Module, x: Tensor) -> Tensor:
-        if not (self.grad_checkpointing and self.training):
-            return stage(x)
-        return recompute(stage, x)
 
 
 def _drop_paths(stages: Sequence[Stage], rate: float, skip: int) -> Iterator[nn.Module]:
@@ -446,66 +393,6 @@ def _residual_block(
             return AttentionBlock(attn, local, next(drop_paths), next(drop_paths))
 
 
-# Variants
-
-
-def _family_b(width: Sequence[int], depth: Sequence[int]) -> tuple[Stage, ...]:
-    """EfficientViT-B: attention in the last two stages. Depth counts as in the paper: strided MBConvs are in it."""
-    return (
-        Stage(width[0], depth[0], "ds", first="conv"),
-        Stage(width[1], depth[1] - 1, "mb"),
-        Stage(width[2], depth[2] - 1, "mb"),
-        Stage(width[3], depth[3], "attn", fewer_norm=True),
-        Stage(width[4], depth[4], "attn", fewer_norm=True),
-    )
-
-
-def _family_l(width: Sequence[int], depth: Sequence[int]) -> tuple[Stage, ...]:
-    """EfficientViT-L: dense convolutions early, attention in the last stage only."""
-    return (
-        Stage(width[0], depth[0], "pair", first="conv"),
-        Stage(width[1], depth[1], "fused", first="fused", first_expand=16),
-        Stage(width[2], depth[2], "fused", first="fused", first_expand=16),
-        Stage(width[3], depth[3], "mb", first_expand=16, fewer_norm=True),
-        Stage(width[4], depth[4], "attn", first_expand=24, expand=6, fewer_norm=True),
-    )
-
-
-_L = partial(Architecture, head_dim=32, act="gelu_tanh", norm_eps=1e-7)
-
-ARCHITECTURES: dict[str, Architecture] = {
-    # For 32 to 64 px: at 32 px, attention sees 16 x 16 and 8 x 8 tokens.
-    "qtvit_nano": Architecture(
-        (
-            Stage(16, 1, "ds", first="conv", stride=1),
-            Stage(48, 2, "attn", expand=3, fewer_norm=True),
-            Stage(96, 2, "attn", expand=3, fewer_norm=True),
-        ),
-        head_dim=16,
-        head_widths=(128, 128),
-        img_size=32,
-        conv_init="kaiming",
-    ),
-    "qtvit_0": Architecture(_family_b((8, 16, 32, 64, 128), (1, 2, 2, 2, 2)), 16, (1024, 1280)),
-    "qtvit_1": Architecture(_family_b((16, 32, 64, 128, 256), (1, 2, 3, 3, 4)), 16, (1536, 1600)),
-    "qtvit_2": Architecture(_family_b((24, 48, 96, 192, 384), (1, 3, 4, 4, 6)), 32, (2304, 2560)),
-    "qtvit_3": Architecture(_family_b((32, 64, 128, 256, 512), (1, 4, 6, 6, 9)), 32, (2304, 2560)),
-    "qtvit_4": _L(_family_l((32, 64, 128, 256, 512), (1, 1, 1, 6, 6)), head_widths=(3072, 3200)),
-    "qtvit_5": _L(_family_l((32, 64, 128, 256, 512), (1, 2, 2, 8, 8)), head_widths=(3072, 3200)),
-    "qtvit_6": _L(_family_l((64, 128, 256, 512, 1024), (1, 2, 2, 8, 8)), head_widths=(6144, 6400)),
-}
-
-PUBLISHED_ACCURACY: dict[str, tuple[float, float]] = {
-    "qtvit_1": (79.6, 94.7),
-    "qtvit_2": (82.5, 95.9),
-    "qtvit_3": (83.9, 96.7),
-    "qtvit_4": (84.7, 96.7),
-    "qtvit_5": (85.2, 97.0),
-    "qtvit_6": (86.0, 97.3),
-}
-"""ImageNet-1k top-1 and top-5 in percent at 224 px that the paper reports (Table 1); not reproduced here."""
-
-
 SHIPPED_WEIGHTS = Path(__file__).parent.parent / "weights"
 """Folder of the model files that come with the package; `qtvit.checkpoints.load_model` takes their names."""
 
@@ -537,6 +424,11 @@ default_cfgs = generate_default_cfgs(
         **{f"qtvit_{i}": _cfg() for i in range(2, 7)},
     }
 )
+
+
+def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: QTViT) -> dict[str, Tensor]:
+    """What timm calls with downloaded weights: `fit_weights`, of a dict that may have them under ``state_dict``."""
+    return fit_weights(state_dict.get("state_dict", state_dict), model.state_dict(), model.cfg, model.kernel)
 
 
 def _create_qtvit(variant: str, pretrained: bool, **kwargs: Any) -> QTViT:

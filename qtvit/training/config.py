@@ -88,8 +88,9 @@ class TrainConfig:
         precision: arithmetic of the training step.
         accumulate: batches whose gradients are added up before a step.
         grad_checkpointing: keep less of the forward pass and compute it again in the backward pass.
-        recompute_activations: keep no outputs of norms and activations, which are cheap to compute again; false for
-            faster steps in more memory. Nothing changes for timm's models and with compile.
+        recompute_activations: train in about half the memory: keep the outputs of convolutions alone and compute the
+            rest again in the backward pass. No effect with grad_checkpointing (which keeps less still), with compile
+            (which decides about it by itself), and on timm's models.
         compile: run the training step through torch.compile.
         sync_bn: BatchNorm statistics over all GPUs, not of each one's own images.
         num_workers: processes that load images; default: one per core less one, at most 8, and none for the digits.
@@ -127,7 +128,7 @@ class TrainConfig:
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
     accumulate: int = 1
     grad_checkpointing: bool = False
-    recompute_activations: bool = True
+    recompute_activations: bool = False
     compile: bool = False
     sync_bn: bool = False
     num_workers: int | None = None

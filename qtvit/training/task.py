@@ -10,7 +10,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
 from qtvit.data.sampling import seed_everywhere
-from qtvit.layers import set_drop_path, set_recompute_activations
+from qtvit.layers import recompute_activations, set_drop_path
 
 from .config import TrainConfig
 from .ema import MovingAverage
@@ -41,7 +41,8 @@ class Task(lightning.LightningModule):
             raise ValueError(f"--optim.drop-path-ramp: the rates of {type(model).__name__} are fixed; qtvit's can rise")
         if config.grad_checkpointing:
             _checkpoint_gradients(model)
-        set_recompute_activations(model, config.recompute_activations)
+        elif config.recompute_activations:
+            recompute_activations(model)
         if config.compile:
             limits: Any = torch._dynamo.config
             limits.recompile_limit = max(limits.recompile_limit, config.num_sizes)

@@ -29,7 +29,7 @@ def test_outputs_are_the_same_and_no_norm_is_left(make: Make, name: str, size: t
     pixels = torch.randn(2, 3, *size)
     want = model(pixels)
     for fused in (fuse(model), fuse(model, size)):
-        torch.testing.assert_close(fused(pixels), want, rtol=1e-4, atol=1e-4 * float(want.abs().max()))
+        torch.testing.assert_close(fused(pixels), want, rtol=1e-5, atol=1e-5 * float(want.abs().max()))
         assert not any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in fused.modules())
         assert not any(p.requires_grad for p in fused.parameters())
     assert state.keys() == model.state_dict().keys()
@@ -42,7 +42,7 @@ def test_it_runs_without_no_grad(make: Make, name: str) -> None:
     pixels = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
         want = fused(pixels)
-    torch.testing.assert_close(fused(pixels), want, rtol=1e-4, atol=1e-4 * float(want.abs().max()))
+    torch.testing.assert_close(fused(pixels), want, rtol=1e-5, atol=1e-5 * float(want.abs().max()))
 
 
 @torch.no_grad()

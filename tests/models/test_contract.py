@@ -19,7 +19,7 @@ import timm
 import torch
 from safetensors.torch import save_file
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import create_feature_extractor, group_parameters
+from timm.models import create_feature_extractor, group_parameters, reparameterize_model
 from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
 
@@ -260,10 +260,7 @@ def test_features_only_agrees_with_forward_intermediates(create: Create, feature
         assert extractor.feature_info.channels() == [model.feature_info[i]["num_chs"] for i in want]
         assert extractor.feature_info.reduction() == [model.feature_info[i]["reduction"] for i in want]
         for ours, i in zip(features, want, strict=True):
-            if feature_cls == "fx":  # a traced graph calls the modules one by one, eager inference does not
-                torch.testing.assert_close(ours, stages[i], rtol=1e-3, atol=1e-4 * float(stages[i].abs().max()))
-            else:
-                assert torch.equal(ours, stages[i])
+            assert torch.equal(ours, stages[i])
 
 
 @torch.no_grad()
@@ -335,6 +332,37 @@ def test_pruning_can_leave_the_head(create: Create) -> None:
     assert torch.equal(model(x), want)
     model.prune_intermediate_layers([0], prune_head=False)  # it does not fit any more
     assert model(x).shape == (1, model.feature_info[0]["num_chs"])
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_hooks_hear_of_every_module(create: Create, training: bool) -> None:
+    model = create(num_classes=10, drop_path_rate=0.1, softmax_residual=0.1).train(training)
+    called = {name for name, module in model.named_modules() if not isinstance(module, nn.ParameterDict)}
+    heard: set[str] = set()
+    for name in called:
+        model.get_submodule(name).register_forward_hook(lambda *_, name=name: heard.add(name))
+    with torch.set_grad_enabled(training):
+        model(image(64, 96, batch=2))
+    assert heard == called
+
+
+@torch.no_grad()
+def test_timm_fuses_it(create: Create) -> None:
+    """`timm.models.reparameterize_model` folds every BatchNorm, in a copy, and leaves outputs, hooks and export."""
+    model = create(num_classes=10).eval()
+    x = image(64, 96, batch=2)
+    fused = reparameterize_model(model)
+    assert not any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in fused.modules())
+    assert any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
+    torch.testing.assert_close(fused(x), model(x), rtol=1e-5, atol=1e-5)
+    for ours, want in zip(
+        fused.forward_intermediates(x, intermediates_only=True),
+        model.forward_intermediates(x, intermediates_only=True),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, want, rtol=1e-5, atol=1e-5 * float(want.abs().max()))
+    again = reparameterize_model(fused, inplace=True)
+    assert torch.equal(again(x), fused(x))
 
 
 def test_fx_graph(create: Create) -> None:

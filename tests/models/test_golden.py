@@ -12,8 +12,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from qtvit.models import ARCHITECTURES, Architecture, QTViT
-from qtvit.models.foreign import checkpoint_filter_fn, released_name
-from qtvit.models.qtvit import _family_b, _family_l
+from qtvit.models.architectures import _family_b, _family_l
+from qtvit.models.foreign import released_name
+from qtvit.models.qtvit import checkpoint_filter_fn
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 SHAPES = json.loads((GOLDEN / "released_state_dict_shapes.json").read_text())

@@ -100,14 +100,14 @@ def test_gradient_checkpointing_changes_nothing(network: Network, tmp_path: Path
     assert {int(checkpointing.state_dict()[name]) for name in counts} == {3}
 
 
-def test_keeping_activations_changes_nothing_but_memory(network: Network, tmp_path: Path) -> None:
+def test_recomputing_activations_changes_nothing_but_memory(network: Network, tmp_path: Path) -> None:
     tasks = [Losses(network(), configured(epochs=1, recompute_activations=again)) for again in (True, False)]
     x = torch.randn(2, 3, 32, 32)
     again, kept = (bytes_kept(lambda task=task: task.model(x), task.model) for task in tasks)
-    assert again < 0.75 * kept
+    assert again < 0.6 * kept
     for task in tasks:
         fit(task, random_batches(3), tmp_path)
-    assert tasks[1].losses == pytest.approx(tasks[0].losses, rel=1e-4)
+    assert tasks[1].losses == tasks[0].losses
 
 
 def test_gradient_checkpointing_needs_a_model_that_can(tmp_path: Path) -> None:
