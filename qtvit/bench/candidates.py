@@ -86,10 +86,10 @@ class Candidate:
             return build_model(self.source)  # which says what it is called instead
         return load_model(self.source, task="classify", **model_args)[0]
 
-    def measured(self, img_size: tuple[int, int]) -> nn.Module:
-        """The network in the form that is measured, at ``img_size`` (H, W)."""
+    def measured(self, img_size: tuple[int, int], eager_cpu: bool = False) -> nn.Module:
+        """The network in the form that is measured, at ``img_size`` (H, W); ``eager_cpu`` as for `inference_form`."""
         if self.form == "inference":
-            return inference_form(self.module, img_size)
+            return inference_form(self.module, img_size, eager_cpu)
         return as_released(self.module) if self.form == "as released" else self.module
 
     def num_macs(self, form: nn.Module, img_size: tuple[int, int]) -> int:
@@ -124,14 +124,15 @@ def settle(model: nn.Module) -> None:
         norm.eval()
 
 
-def inference_form(model: nn.Module, img_size: tuple[int, int]) -> nn.Module:
+def inference_form(model: nn.Module, img_size: tuple[int, int], eager_cpu: bool = False) -> nn.Module:
     """A copy of ``model`` with as little to do as its outputs allow: branches merged, BatchNorms in the convolutions.
 
-    Ours are fused for ``img_size`` as `qtvit export` does it. Others are brought into their own form with timm's
-    ``reparameterize_model``, and then `fold_batch_norms` does what the compilers of inference do anyway.
+    Ours are fused for ``img_size`` as `qtvit export` does it, or with ``eager_cpu`` as `qtvit predict` does. Others are
+    brought into their own form with timm's ``reparameterize_model``, and then `fold_batch_norms` does what the
+    compilers of inference do anyway.
     """
     if isinstance(model, QTViT):
-        return fuse(model, img_size)
+        return fuse(model, img_size, eager_cpu=eager_cpu)
     example = torch.randn(1, getattr(model, "in_chans", 3), *img_size, generator=torch.Generator().manual_seed(0))
     return fold_batch_norms(reparameterize_model(model), example)
 

@@ -183,7 +183,8 @@ def prepare(
 def _open(candidate: Candidate, row: dict[str, Any], images: Tensor, path: Path, memory: bool) -> Entry:
     """The network in the runtime and precision of the row."""
     runtime, precision, img_size = row["runtime"], row["precision"], (images.shape[-2], images.shape[-1])
-    form = candidate.measured(img_size)
+    eager_cpu = RUNTIMES[runtime].eager and precision == "fp32" and images.device.type == "cpu"
+    form = candidate.measured(img_size, eager_cpu)
     RUNTIMES[runtime].save(form, images, path, precision)
     open_network = partial(RUNTIMES[runtime].open, path, images, precision)
     if memory and images.device.type == "cuda":

@@ -39,6 +39,7 @@ class Runtime:
         devices: types of devices it runs on; empty: all.
         packages: what it needs beside PyTorch.
         why_not: why it has no other precisions.
+        eager: whether it runs the network's modules one after the other.
     """
 
     save: Callable[[nn.Module, Tensor, Path, str], None]
@@ -48,6 +49,7 @@ class Runtime:
     devices: tuple[str, ...] = ()
     packages: tuple[str, ...] = ()
     why_not: str = ""
+    eager: bool = False
 
 
 def check_runtimes(names: Sequence[str], precisions: Sequence[str], device: torch.device) -> None:
@@ -145,8 +147,8 @@ def _open_openvino(path: Path, images: Tensor, precision: str) -> Run:
 
 
 RUNTIMES: dict[str, Runtime] = {
-    "eager": Runtime(_save_module, _open_eager),
-    "channels_last": Runtime(_save_module, _open_channels_last),
+    "eager": Runtime(_save_module, _open_eager, eager=True),
+    "channels_last": Runtime(_save_module, _open_channels_last, eager=True),
     "compile": Runtime(_save_module, _open_compiled),
     "compile_frozen": Runtime(_save_module, _open_frozen),
     "onnxruntime": Runtime(

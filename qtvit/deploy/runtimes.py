@@ -79,7 +79,7 @@ class FusedNetwork(Network):
     @cached_property
     def running(self) -> nn.Module:
         """The network fused (`qtvit.deploy.fuse`), as it is when this is first asked for."""
-        return fuse(self.module)
+        return fuse(self.module, eager_cpu=self.device.type == "cpu")
 
 
 class Exported(Runtime):

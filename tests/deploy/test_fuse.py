@@ -9,6 +9,7 @@ from torch import nn
 
 import qtvit.models  # noqa: F401
 from qtvit.deploy import fuse
+from qtvit.deploy.fuse import GroupedPointwise, Pointwise
 from qtvit.layers import MultiScaleAttention
 
 Make = Callable[..., nn.Module]
@@ -28,12 +29,42 @@ def test_outputs_are_the_same_and_no_norm_is_left(make: Make, name: str, size: t
     state = {key: value.clone() for key, value in model.state_dict().items()}
     pixels = torch.randn(2, 3, *size)
     want = model(pixels)
-    for fused in (fuse(model), fuse(model, size)):
+    for fused in (fuse(model), fuse(model, size), fuse(model, size, eager_cpu=True)):
         torch.testing.assert_close(fused(pixels), want, rtol=1e-5, atol=1e-5 * float(want.abs().max()))
         assert not any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in fused.modules())
         assert not any(p.requires_grad for p in fused.parameters())
     assert state.keys() == model.state_dict().keys()
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("size", [(1, 1), (5, 4)])
+@torch.no_grad()
+def test_matrix_products_are_the_convolutions(size: tuple[int, int], memory_format: torch.memory_format) -> None:
+    x = torch.randn(3, 8, *size).contiguous(memory_format=memory_format)
+    for conv, product in (
+        (nn.Conv2d(8, 6, 1), Pointwise),
+        (nn.Conv2d(8, 6, 1, bias=False), Pointwise),
+        (nn.Conv2d(8, 8, 1, groups=4, bias=False), GroupedPointwise),
+    ):
+        out = product(conv)(x)
+        torch.testing.assert_close(out, conv(x), rtol=1e-5, atol=1e-6)
+        if product is Pointwise:
+            assert out.is_contiguous(memory_format=memory_format)
+
+
+@torch.no_grad()
+def test_the_fast_form_leaves_its_input_alone_in_any_memory_format(make: Make) -> None:
+    model = make("qtvit_nano")
+    fused = fuse(model, eager_cpu=True)
+    pixels = torch.randn(2, 3, 33, 47)
+    want = model(pixels)
+    for x in (pixels, pixels.to(memory_format=torch.channels_last)):
+        before = x.clone()
+        torch.testing.assert_close(fused(x), want, rtol=1e-5, atol=1e-5 * float(want.abs().max()))
+        assert torch.equal(x, before)
+    again = fuse(fused, eager_cpu=True)
+    assert torch.equal(again(pixels), fused(pixels))
 
 
 @pytest.mark.parametrize("name", ["qtvit_nano", "qtvit_0"])
