@@ -74,3 +74,13 @@ def test_that_nothing_was_found_is_said() -> None:
     report = check(Finds(), Finds((BOX, 1, 0.1)))
     assert report.problem() is None
     assert "nothing found in any, by neither; --data or --calibration" in report.lines()[0]
+
+
+def test_one_object_may_differ() -> None:
+    """Rounding decides which of two overlapping proposals is kept."""
+    sizes = ((20, 60), (40, 50))
+    assert DetectorReport(sizes, 4, 32, 1, 1).problem() is None
+    assert DetectorReport(sizes, 4, 32, 2, 1).problem() is not None
+    assert DetectorReport(sizes, 4, 0, 0, 2).problem() is not None
+    assert DetectorReport(sizes, 400, 1000, 10, 10).problem() is None
+    assert DetectorReport(sizes, 400, 1000, 11, 10).problem() is not None
