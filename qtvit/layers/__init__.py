@@ -1,4 +1,4 @@
-"""Building blocks of the network: convolutional blocks and multi-scale Taylor attention."""
+"""Building blocks of the network: convolutional blocks, multi-scale attention, stochastic depth, recomputation."""
 
 from .attention import LinearAttention, MultiScaleAttention
 from .conv import ConvNormAct, ConvPair, DSConv, FusedMBConv, MBConv, Residual

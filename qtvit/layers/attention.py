@@ -1,4 +1,4 @@
-"""Multi-scale attention, which QT-ViT puts in place of EfficientViT's, and linear attention for timm's transformers.
+"""QT-ViT's multi-scale attention, which takes the place of EfficientViT's, and linear attention for timm's ViTs.
 
 Shapes: B batch, C channels, H x W feature map, N = H·W tokens, D channels per head, S = 2 scales, heads = C // D per
 scale.
@@ -17,22 +17,24 @@ from .conv import ConvNormAct
 
 
 class MultiScaleAttention(nn.Module):
-    """Linear attention over tokens at two scales, with a positional map on the keys and a non-linear shortcut from the
-    values (QT-ViT, section 3): (B, C, H, W), same out.
+    """Linear attention over tokens at two scales (QT-ViT, section 3): (B, C, H, W) -> (B, C, H, W).
+
+    The second scale aggregates q, k and v over 5×5 neighbourhoods. A learned positional map is added to the keys, and
+    the non-linear shortcut GELU(BN(v)) to the output of the attention, before the projection.
 
     Args:
         chans: C, a multiple of ``head_dim``.
         head_dim: D.
-        map_size: (H, W) of the learned positional map, which is resized to the input's.
+        map_size: (H, W) of the learned positional map, which is resized to the input feature map.
         kernel: a name in ``qtvit.ops.KERNELS``.
         norm_eps: eps of the BatchNorms.
-        ape: whether there is a positional map ("absolute positional embedding").
-        shortcut: whether there is a shortcut.
-        attn_eps: what is added to a query's sum of weights; None: the kernel's own.
-        softmax_residual: threshold of a `MaskedSoftmaxResidual`; None: there is none.
+        ape: whether to add the positional map ("absolute positional embedding").
+        shortcut: whether to add the shortcut.
+        attn_eps: added to a query's sum of weights; None: the kernel's own eps.
+        softmax_residual: threshold of a `MaskedSoftmaxResidual`; None: no such residual.
 
     Raises:
-        ValueError: ``chans`` is no multiple of ``head_dim``, an unknown kernel, or a threshold out of range.
+        ValueError: ``chans`` is not a multiple of ``head_dim``, the kernel is unknown, or the threshold out of range.
     """
 
     num_scales = 2
@@ -79,55 +81,54 @@ class MultiScaleAttention(nn.Module):
         return self.proj(out.flatten(1, 2).unflatten(-1, x.shape[-2:]))
 
     def tokens(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(B, C, H, W) -> the q, k, v that attention sees, each (B, S·heads, D, N); N counts row by row."""
+        """(B, C, H, W) -> the q, k, v of the attention, each (B, S·heads, D, N) with tokens in row-major order."""
         q, k, v = self.multi_scale_qkv(x)
         if self.pos_embed is not None:
             k = k + self.position(x.shape[-2:]).to(k.dtype)
         return q, k, v
 
     def multi_scale_qkv(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(B, C, H, W) -> q, k, v, each (B, S·heads, D, N); the keys are still without position."""
+        """(B, C, H, W) -> q, k, v, each (B, S·heads, D, N); the positional map is not yet added to the keys."""
         qkv = self.qkv(x)
-        # Joined as tokens, which lie channels-first even where x is channels-last: q, k and v are then views, and
-        # batch and heads fold into one dimension for the matrix products, without a copy.
+        # Concatenated as tokens, which are channels-first in memory even where x is channels-last: q, k and v are then
+        # views, and batch and heads fold into one dimension for the matrix products without a copy. The channels are
+        # ordered by head, then q, k, v, as in the released checkpoints.
         multi_scale = torch.cat([qkv.flatten(2), self.aggregate(qkv).flatten(2)], 1)
         q, k, v = multi_scale.unflatten(1, (-1, 3, self.head_dim)).unbind(2)
         return q, k, v
 
     def position(self, size: torch.Size) -> Tensor:
-        """The positional map at ``size`` (H, W), as keys: (1, S·heads, D, N). Exactly the parameter at its own size."""
+        """The positional map resized to ``size`` (H, W), as (1, S·heads, D, N); bit-exact at its own size."""
         assert self.pos_embed is not None
         resized: Tensor = self.pos_embed
         # At its own size, bicubic interpolation is the identity but takes 0.3 ms on a CPU. A graph for all sizes has
-        # symbolic ones, which must not be compared: that would tie the graph to the answer.
+        # symbolic sizes, which must not be compared: the comparison would specialise the graph to its outcome.
         if any(isinstance(side, torch.SymInt) for side in size) or size != resized.shape[-2:]:
             resized = F.interpolate(resized, size=size, mode="bicubic", align_corners=False)
-        # A network in channels-last has made the parameter so, too, but keys are channels-first.
+        # Converting a network to channels-last also converts the parameter, but keys are channels-first in memory.
         return resized.contiguous().flatten(2).unflatten(1, (-1, self.head_dim))
 
     def shortcut(self, v: Tensor) -> Tensor:
-        """GELU(BN(v)) with one statistic for each of the D channels, shared by all heads: (B, S·heads, D, N), same
-        out.
-        """
+        """GELU(BN(v)) of (B, S·heads, D, N), same shape out; all heads share the statistics of the D channels."""
         assert self.shortcut_norm is not None
         return self.shortcut_act(self.shortcut_norm(v.flatten(0, 1))).unflatten(0, v.shape[:2])
 
     @torch.no_grad()
     def fuse(self) -> "MultiScaleAttention":
-        """Make one multiplication and addition of the shortcut's BatchNorm; returns the module, changed in place.
+        """Replace the shortcut's BatchNorm by one multiplication and addition, in place; returns the module.
 
-        timm's ``reparameterize_model`` calls this, too.
+        timm's ``reparameterize_model`` calls this method too.
         """
-        if isinstance(self.shortcut_norm, nn.BatchNorm1d):
+        if isinstance(self.shortcut_norm, nn.BatchNorm1d) and self.shortcut_norm.track_running_stats:
             self.shortcut_norm = ChannelAffine(self.shortcut_norm)
         return self
 
 
 class MaskedSoftmaxResidual(nn.Module):
-    """Adds `qtvit.ops.masked_softmax_attention_cf` while training, and nothing in evaluation (paper, Table 7).
+    """Adds `qtvit.ops.masked_softmax_attention_cf` to the output in training, nothing in evaluation (paper, Table 7).
 
     Args:
-        threshold: weights up to it do not count; 0.02 in Castling-ViT's code.
+        threshold: softmax weights up to it are masked out; 0.02 in Castling-ViT's code.
 
     Raises:
         ValueError: ``threshold`` is not between 0 and 1.
@@ -144,7 +145,7 @@ class MaskedSoftmaxResidual(nn.Module):
 
 
 class ChannelAffine(nn.Module):
-    """A BatchNorm with its running statistics as one multiplication and one addition: (B, D, N), same out."""
+    """A BatchNorm with frozen running statistics as one multiplication and addition: (B, D, N), same shape out."""
 
     def __init__(self, norm: nn.BatchNorm1d) -> None:
         super().__init__()
@@ -161,9 +162,9 @@ class ChannelAffine(nn.Module):
 class LinearAttention(nn.Module):
     """Self-attention with a linear kernel, for timm's transformers: (B, N, C) -> (B, N, C).
 
-    As in ``timm.create_model("deit_small_patch16_224", img_size=1024, attn_layer=LinearAttention)``. timm wants a class
-    there; for another kernel, make a subclass with ``kernel = "relu"`` in it. Parameters have the names of
-    ``timm.layers.Attention``, besides the kernel's scalars, so its weights load.
+    Used as in ``timm.create_model("deit_small_patch16_224", img_size=1024, attn_layer=LinearAttention)``. timm wants a
+    class there; for another kernel, make a subclass with ``kernel = "relu"`` in it. Parameters have the names of
+    ``timm.layers.Attention``, whose weights load (with ``strict=False`` for a kernel with scalars, which they lack).
 
     Args:
         dim: C, a multiple of ``num_heads``.
@@ -171,15 +172,15 @@ class LinearAttention(nn.Module):
         qkv_bias, proj_bias: whether the linear layers have biases.
         qk_norm: whether ``norm_layer(D)`` is applied to queries and keys.
         scale_norm: whether ``norm_layer(C)`` is applied before the projection.
-        attn_drop: 0; there are no weights that could be dropped.
-        proj_drop: dropout behind the projection.
-        norm_layer: for ``qk_norm`` and ``scale_norm``.
-        kernel: a name in ``qtvit.ops.KERNELS``; default: the class's.
+        attn_drop: must be 0, because linear attention forms no weights that could be dropped.
+        proj_drop: dropout rate after the projection.
+        norm_layer: makes the norms of ``qk_norm`` and ``scale_norm``.
+        kernel: a name in ``qtvit.ops.KERNELS``; None: the class's own.
         device, dtype: as for any ``torch.nn`` module.
 
     Raises:
-        ValueError: an unknown kernel, a dim that heads cannot share, ``attn_drop``, or ``qk_norm`` without a norm; in
-            ``forward`` a mask.
+        ValueError: the kernel is unknown, ``dim`` is not a multiple of ``num_heads``, ``attn_drop`` is not 0, or there
+            is no ``norm_layer`` for ``qk_norm`` or ``scale_norm``; in ``forward``, a mask is given.
     """
 
     kernel = "taylor2"

@@ -1,8 +1,8 @@
 """The convolutional blocks of EfficientViT's two families.
 
-Every block maps (B, in_chans, H, W) to (B, out_chans, ceil(H / stride), ceil(W / stride)). Its last convolution is
-followed by a norm and no activation, so the sum of a residual block is not activated. In a "fewer norm" block
-(``fewer_norm=True``) the inner convolutions have a bias and no norm.
+Every block maps (B, in_chans, H, W) to (B, out_chans, ceil(H / stride), ceil(W / stride)). The last convolution of a
+block is followed by a norm but no activation, nor is the sum of a residual block activated. In a "fewer norm" block
+(``fewer_norm=True``), the inner convolutions have a bias and no norm.
 """
 
 from functools import partial
@@ -17,8 +17,8 @@ class ConvNormAct(nn.Module):
     """Convolution, BatchNorm, activation.
 
     Args:
-        in_chans, out_chans, kernel_size, stride, groups: of the convolution; its padding keeps H and W at stride 1.
-        norm_eps: eps of the BatchNorm; None: the convolution has a bias instead.
+        in_chans, out_chans, kernel_size, stride, groups: as for ``nn.Conv2d``; the padding keeps H and W at stride 1.
+        norm_eps: eps of the BatchNorm; None: the convolution has a bias instead of a norm.
         act: name of the activation, as in ``timm.layers``; None: no activation.
     """
 
@@ -47,13 +47,13 @@ class ConvNormAct(nn.Module):
 
     @torch.no_grad()
     def fuse(self) -> "ConvNormAct":
-        """Fold the BatchNorm, with its running statistics, into the convolution; returns the module, changed in place.
+        """Fold the BatchNorm with its running statistics into the convolution, in place; returns the module.
 
-        timm's ``reparameterize_model`` calls this, too. A norm or convolution of another kind, which somebody has put
-        there, stays as it is.
+        timm's ``reparameterize_model`` calls this method too. If a user has replaced the norm or the convolution by
+        another type of module, nothing is folded.
         """
         conv, norm = self.conv, self.norm
-        if isinstance(norm, nn.BatchNorm2d) and type(conv) is nn.Conv2d:
+        if isinstance(norm, nn.BatchNorm2d) and norm.track_running_stats and type(conv) is nn.Conv2d:
             assert norm.running_mean is not None
             assert norm.running_var is not None
             conv.weight, conv.bias = fuse_conv_bn_weights(
@@ -73,7 +73,7 @@ class DSConv(nn.Sequential):
 
 
 class ConvPair(nn.Sequential):
-    """Two 3×3 convolutions, of which the first is activated."""
+    """Two 3×3 convolutions with an activation between them."""
 
     def __init__(self, in_chans: int, out_chans: int, *, stride: int = 1, norm_eps: float, act: str) -> None:
         super().__init__()
@@ -104,7 +104,7 @@ class MBConv(nn.Sequential):
 
 
 class FusedMBConv(nn.Sequential):
-    """Inverted bottleneck with one dense 3×3 in place of the expansion and the depthwise convolution."""
+    """Inverted bottleneck with one dense 3×3 in place of MBConv's expansion and depthwise convolution."""
 
     def __init__(
         self, in_chans: int, out_chans: int, *, stride: int = 1, expand: int = 4, norm_eps: float, act: str
@@ -116,7 +116,7 @@ class FusedMBConv(nn.Sequential):
 
 
 class Residual(nn.Module):
-    """x + drop_path(main(x))."""
+    """Residual block: x + drop_path(main(x))."""
 
     def __init__(self, main: nn.Module, drop_path: nn.Module) -> None:
         super().__init__()

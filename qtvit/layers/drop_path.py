@@ -1,17 +1,17 @@
-"""Stochastic depth, "Deep Networks with Stochastic Depth", Huang et al., ECCV 2016."""
+"""Stochastic depth ("Deep Networks with Stochastic Depth", Huang et al., ECCV 2016)."""
 
 import torch
 from torch import Tensor, nn
 
 
 class DropPath(nn.Module):
-    """Zeroes a residual branch for some samples in training and divides the others by what is kept: (B, C, H, W).
+    """Zero a residual branch (B, C, H, W) for some samples in training; divide the others by the keep probability.
 
-    timm's does the same, but has its probability as a Python number, so that a compiled graph is made anew whenever it
-    changes. Here it is a tensor, the buffer ``drop_prob``, which `set_drop_path` changes in place.
+    timm's DropPath does the same with a Python number, so that torch.compile recompiles whenever the probability
+    changes. Here the probability is a tensor, the buffer ``drop_prob``, which `set_drop_path` changes in place.
 
     Args:
-        rate: probability that a sample is dropped, in [0, 1).
+        rate: probability that a sample's branch is zeroed, in [0, 1).
     """
 
     drop_prob: Tensor
@@ -23,7 +23,7 @@ class DropPath(nn.Module):
 
     @torch.no_grad()
     def init_non_persistent_buffers(self) -> None:
-        """The probability of the full rate, for a module that comes from the meta device; timm's name for it."""
+        """Set ``drop_prob`` to the full rate, after a module was made on the meta device; the name is timm's."""
         self.drop_prob.fill_(self.rate)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -38,7 +38,7 @@ class DropPath(nn.Module):
 
 @torch.no_grad()
 def set_drop_path(model: nn.Module, progress: float) -> None:
-    """Let every `DropPath` in ``model`` drop with ``progress``, 0 to 1, times its rate. timm's own are left alone."""
+    """Set every `DropPath` in ``model`` to ``progress`` (0 to 1) times its rate; timm's own are left alone."""
     for module in model.modules():
         if isinstance(module, DropPath):
             module.drop_prob.fill_(module.rate * progress)

@@ -1,7 +1,8 @@
-"""Training in less memory: activations are computed again in the backward pass instead of being kept for it.
+"""Training in less memory: activations are recomputed in the backward pass instead of being kept for it.
 
-Autograd keeps the input of every operation whose derivative needs it. In ``conv -> norm -> act -> conv`` these are the
-map between each two of them. Norm and activation are cheap to compute, so it is enough to keep what convolutions give.
+Autograd keeps the input of every operation whose derivative needs it. In ``conv -> norm -> act -> conv`` these are all
+the feature maps in between. Norm and activation are cheap to recompute, so it is enough to keep the convolutions'
+outputs.
 """
 
 import inspect
@@ -18,34 +19,35 @@ from .attention import MultiScaleAttention
 from .conv import ConvNormAct, ConvPair, DSConv, FusedMBConv, MBConv
 
 BLOCKS = (MultiScaleAttention, DSConv, ConvPair, MBConv, FusedMBConv, ConvNormAct)
-"""What is computed again as a whole; such a block within another one belongs to that."""
+"""Types of the blocks that are recomputed as a whole; a block within another one is part of the outer one."""
 
-# Hooks around a block, such as those that count or move what is kept, see it only with this, which PyTorch 2.8 has not.
+# Only with this option do saved-tensor hooks around a block, such as those that count or offload the tensors kept for
+# the backward pass, see the block's tensors. PyTorch 2.8 does not have it.
 _OPTIONS: dict[str, Any] = {
     name: True for name in ("respect_saved_tensors_hooks",) if name in inspect.signature(checkpoint).parameters
 }
 
 
 def recompute_activations(model: nn.Module) -> None:
-    """Let the `BLOCKS` of ``model`` keep their input and the outputs of their convolutions alone, and compute what else
-    the backward pass needs from these.
+    """Make the `BLOCKS` of ``model`` keep only their input and their convolutions' outputs for the backward pass.
 
-    Outputs, gradients, statistics and state dict stay the same. Forward hooks within a block are called twice. Within
-    `recompute`, which keeps less still, the outputs of convolutions are kept nevertheless: use one of the two.
+    Everything else is recomputed from these. Outputs, gradients, statistics and state dict stay the same. Forward hooks
+    within a block are called twice. Do not combine this with `recompute`, which keeps still less: the convolutions'
+    outputs would be kept nevertheless.
     """
     for block in _outermost_blocks(model):
         block.forward = partial(_run_block, block, block.forward)
 
 
 def recompute(module: nn.Module, x: Tensor) -> Tensor:
-    """module(x), which keeps x alone: everything else is computed again in the backward pass."""
-    if torch.compiler.is_compiling():  # a compiler cannot trace our context, and updates statistics once by itself
+    """Compute module(x), keeping only x for the backward pass, which recomputes everything else."""
+    if torch.compiler.is_compiling():  # compilers cannot trace our context, and update statistics only once anyway
         return checkpoint(module, x, use_reentrant=False)
     return _checkpointed(module, module, noop_context_fn, x)
 
 
 def _run_block(block: nn.Module, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    if torch.compiler.is_compiling():  # a compiler decides itself what is cheap to compute again
+    if torch.compiler.is_compiling():  # compilers decide for themselves what is cheap to recompute
         return forward(x)
     return _checkpointed(block, forward, _keep_convolutions, x)
 
@@ -65,7 +67,7 @@ def _outermost_blocks(model: nn.Module) -> Iterator[nn.Module]:
 def _checkpointed(
     module: nn.Module, forward: Callable[[Tensor], Tensor], contexts: Callable[[], tuple[Any, Any]], x: Tensor
 ) -> Tensor:
-    """forward(x) of ``module``; ``contexts`` are for the forward pass and its repetition."""
+    """Checkpoint ``forward``, that of ``module``; ``contexts`` gives the contexts of the first and the second pass."""
 
     def with_frozen_statistics() -> tuple[Any, Any]:
         first, repetition = contexts()
@@ -76,8 +78,9 @@ def _checkpointed(
 
 @contextmanager
 def _frozen_statistics(module: nn.Module, repetition: Any) -> Iterator[None]:
-    """Within ``repetition``, the BatchNorms in ``module`` leave their running statistics alone: they run for the second
-    time, and have counted this batch.
+    """Enter ``repetition``, the context of the recomputation, with the running statistics in ``module`` frozen.
+
+    The BatchNorms have already counted this batch in the first pass.
     """
     norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
@@ -86,6 +89,6 @@ def _frozen_statistics(module: nn.Module, repetition: Any) -> Iterator[None]:
     try:
         with repetition:
             yield
-    finally:  # checkpointing leaves by an exception once it has what it needs
+    finally:  # checkpoint() ends the recomputation by an exception as soon as it has what it needs
         for norm, (momentum, num_batches) in zip(norms, before, strict=True):
             norm.momentum, norm.num_batches_tracked = momentum, num_batches

@@ -1,4 +1,4 @@
-"""The network and its variants; importing this registers them with timm."""
+"""The network, its variants and dense-prediction models on it; importing this registers the variants with timm."""
 
 from .architectures import ARCHITECTURES, PUBLISHED_ACCURACY, Architecture, Stage
 from .backbone import load_backbone

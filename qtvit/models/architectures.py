@@ -1,6 +1,7 @@
-"""What tells the variants of the network from each other, as data: stages, widths, depths, and published accuracy.
+"""The variants of the network as data: stages, widths, depths, and published accuracy.
 
-EfficientViT's two families with the paper's names: qtvit_1 to _3 are B1 to B3, qtvit_4 to _6 are L1 to L3.
+They are EfficientViT's two families under the paper's names: qtvit_1 to qtvit_3 are B1 to B3, qtvit_4 to qtvit_6 are L1
+to L3. qtvit_0, which is B0, and qtvit_nano are not in the paper.
 """
 
 from collections.abc import Sequence
@@ -14,14 +15,15 @@ class Stage:
     """One resolution level: a block that changes width and resolution, then ``depth`` residual blocks.
 
     Attributes:
-        width: channels out.
-        depth: residual blocks after the first.
-        block: kind of those blocks; "attn" is attention followed by a local MBConv.
-        first: kind of the first block; "conv" is the plain 3×3 stem convolution.
-        stride: of the first block.
-        expand: expansion of the residual MBConvs.
-        first_expand: expansion of the first block.
-        fewer_norm: MBConvs have biases in place of their inner norms.
+        width: number of output channels.
+        depth: number of residual blocks after the first block.
+        block: kind of the residual blocks: "ds" DSConv, "pair" ConvPair, "mb" MBConv, "fused" FusedMBConv, "attn"
+            attention followed by a local MBConv.
+        first: kind of the first block: "conv" is the plain 3×3 stem convolution, "mb" and "fused" as for ``block``.
+        stride: stride of the first block; residual blocks have stride 1.
+        expand: expansion ratio of the residual (Fused)MBConvs.
+        first_expand: expansion ratio of the first block, if that is a (Fused)MBConv.
+        fewer_norm: whether the inner convolutions of MBConvs have a bias instead of a norm.
     """
 
     width: int
@@ -36,17 +38,18 @@ class Stage:
 
 @dataclass(frozen=True)
 class Architecture:
-    """Everything that tells one variant from another.
+    """Everything that distinguishes one variant from another.
 
     Attributes:
         stages: from the highest resolution to the lowest.
         head_dim: channels per attention head.
-        head_widths: channels of the head's 1×1 convolution and of its hidden linear layer.
+        head_widths: channels of the classifier head's 1×1 convolution and of its hidden linear layer.
         act: name of the activation, as in ``timm.layers``.
         norm_eps: eps of every norm.
-        img_size: side for which the positional maps are laid out by default.
-        conv_init: initial weights of convolutions: "trunc_normal" of 0.02, as in the paper, or "kaiming" (normal, by
-            fan-in), with which a narrow network does not begin almost silent where blocks have no inner norms.
+        img_size: default image side in px, which sets the size of the positional maps.
+        conv_init: initialisation of the convolutions: "trunc_normal" with std 0.02, as in the paper, or "kaiming"
+            (normal, fan-in), for narrow networks, whose blocks without inner norms would otherwise start with almost
+            zero outputs.
     """
 
     stages: tuple[Stage, ...]
@@ -59,7 +62,7 @@ class Architecture:
 
 
 def _family_b(width: Sequence[int], depth: Sequence[int]) -> tuple[Stage, ...]:
-    """EfficientViT-B: attention in the last two stages. Depth counts as in the paper: strided MBConvs are in it."""
+    """EfficientViT-B: attention in the last two stages. As in the paper, depths 1 and 2 count the strided MBConv."""
     return (
         Stage(width[0], depth[0], "ds", first="conv"),
         Stage(width[1], depth[1] - 1, "mb"),
@@ -70,7 +73,7 @@ def _family_b(width: Sequence[int], depth: Sequence[int]) -> tuple[Stage, ...]:
 
 
 def _family_l(width: Sequence[int], depth: Sequence[int]) -> tuple[Stage, ...]:
-    """EfficientViT-L: dense convolutions early, attention in the last stage only."""
+    """EfficientViT-L: dense convolutions in the early stages, attention in the last stage only."""
     return (
         Stage(width[0], depth[0], "pair", first="conv"),
         Stage(width[1], depth[1], "fused", first="fused", first_expand=16),
@@ -83,7 +86,8 @@ def _family_l(width: Sequence[int], depth: Sequence[int]) -> tuple[Stage, ...]:
 _L = partial(Architecture, head_dim=32, act="gelu_tanh", norm_eps=1e-7)
 
 ARCHITECTURES: dict[str, Architecture] = {
-    # For 32 to 64 px: at 32 px, attention sees 16 x 16 and 8 x 8 tokens.
+    # For images of 32 to 64 px: small strides, so that attention sees 16 x 16 and 8 x 8 tokens at 32 px. (With a single
+    # token, every normalised kernel returns v.)
     "qtvit_nano": Architecture(
         (
             Stage(16, 1, "ds", first="conv", stride=1),
@@ -112,4 +116,4 @@ PUBLISHED_ACCURACY: dict[str, tuple[float, float]] = {
     "qtvit_5": (85.2, 97.0),
     "qtvit_6": (86.0, 97.3),
 }
-"""ImageNet-1k top-1 and top-5 in percent at 224 px that the paper reports (Table 1); not reproduced here."""
+"""ImageNet-1k top-1 and top-5 accuracy in percent at 224 px as reported in the paper's Table 1; not reproduced here."""

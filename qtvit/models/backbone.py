@@ -1,4 +1,4 @@
-"""Backbones of dense tasks: a classifier without its head, that yields the maps of its stages.
+"""Backbones for dense prediction: a classifier without its head, which returns the feature maps of its stages.
 
 Shapes: B batch, C channels, H x W image or feature map.
 """
@@ -16,25 +16,27 @@ from .qtvit import QTViT
 
 
 class Backbone(nn.Module):
-    """A classifier without what stands behind its last map: (B, 3, H, W) -> maps of its stages, the finest first.
+    """A classifier without its head: (B, 3, H, W) -> feature maps of its stages, the finest first.
 
-    Ours lay their positional maps out as the classifier does, by default for 224 px (32 px for the nano): so its
-    weights fit as they are, the parameters are those of the paper's Tables 4 to 6, and images of any H x W get the
-    maps resized.
+    The positional maps of our networks keep the classifier's size, by default that for 224 px (32 px for the nano). So
+    the classifier's weights fit unchanged and the parameter counts are those of the paper's Tables 4 to 6; for images
+    of other sizes, the forward pass resizes the maps.
 
     Args:
-        body: a network of ours or timm's with ``forward_intermediates``; what it does not need is taken out of it.
-        num_maps: how many maps, the last ones; None: all.
-        full_resolution: whether a map of stride 1, as `qtvit_nano` has one, is among them; otherwise it is so only if
-            there are fewer than two others, as much of a head on it would take much time for little.
+        body: a network with timm's ``forward_intermediates``, ours or timm's; layers that the chosen feature maps do
+            not need are removed from it in place.
+        num_maps: number of feature maps, taken from the coarsest end; None: all.
+        full_resolution: whether to include a map of stride 1, which `qtvit_nano` has. If not, it is included only where
+            there are fewer than two others, because a head at full resolution takes much time for little gain.
 
     Attributes:
-        channels: of the maps.
-        strides: of the maps.
-        removed: top-level parts of the network that are taken out.
+        indices: stages that the feature maps come from.
+        channels: channels of each feature map.
+        strides: stride of each feature map in px.
+        removed: top-level names of the modules and parameters that were removed from ``body``.
 
     Raises:
-        ValueError: the network gives no maps.
+        ValueError: the network has no ``forward_intermediates``.
     """
 
     def __init__(self, body: nn.Module, num_maps: int | None = None, *, full_resolution: bool = False) -> None:
@@ -57,7 +59,7 @@ class Backbone(nn.Module):
 
 
 def strides_of(network: nn.Module) -> list[int]:
-    """Of the maps of all stages; ValueError if it has no ``forward_intermediates`` that gives them."""
+    """The strides of the feature maps of all stages; ValueError if there is no ``forward_intermediates``."""
     if not hasattr(network, "forward_intermediates"):
         raise ValueError(f"{type(network).__name__} gives no feature maps (no forward_intermediates)")
     feature_info: Any = network.feature_info
@@ -65,20 +67,22 @@ def strides_of(network: nn.Module) -> list[int]:
 
 
 def _parts(network: nn.Module) -> set[str]:
-    """Top-level modules and parameters that have weights."""
+    """Top-level names in the state dict of ``network``."""
     return {name.split(".")[0] for name in network.state_dict()}
 
 
 def load_backbone(backbone: Backbone, state_dict: Mapping[str, Tensor]) -> list[str]:
-    """Fill a backbone with the weights of a classifier: ours under anybody's names, or timm's.
+    """Load the weights of a classifier into a backbone.
 
-    Positional maps of another size than its own are resized (`qtvit.models.foreign.fit_weights`).
+    Weights of our networks may have any of the names that `qtvit.models.foreign.fit_weights` knows, and positional maps
+    of another size are resized. Weights of timm's networks need timm's names.
 
     Returns:
-        The names of the weights it has no place for: those behind its last feature map.
+        Names of the weights that were not loaded because they belong to removed parts, such as the head.
 
     Raises:
-        ValueError: weights are missing, of another shape, or of no part of such a classifier; nothing is loaded then.
+        ValueError: weights are missing, have another shape, belong to another kernel or to no part of such a
+            classifier; nothing is loaded then.
     """
     body: Any = backbone.body
     own = body.state_dict()
@@ -101,7 +105,7 @@ def load_backbone(backbone: Backbone, state_dict: Mapping[str, Tensor]) -> list[
 
 
 def below(prefix: str, groups: Any) -> Any:
-    """A network's ``group_matcher`` for the names that its weights have in a larger one: behind ``prefix``."""
+    """Adapt a network's ``group_matcher`` patterns to a larger model that holds the network under ``prefix``."""
     if isinstance(groups, str):
         return re.sub(r"\^", "^" + re.escape(prefix), groups)
     if isinstance(groups, Mapping):

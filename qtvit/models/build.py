@@ -1,4 +1,4 @@
-"""Building models by name, and what they cost."""
+"""Building models by name, checking their image size, and counting their cost."""
 
 import copy
 import textwrap
@@ -16,14 +16,14 @@ from qtvit.ops import KERNELS
 from .qtvit import QTViT
 
 ABLATION_KERNELS = "table3_"
-"""What the names of kernels begin with that only an ablation knows."""
+"""Prefix of the names of kernels that exist only within the ablation of the paper's Table 3."""
 
 
 def build_model(name: str, **model_args: Any) -> nn.Module:
-    """``timm.create_model`` with one-line errors: any of our models or timm's, arguments as for timm.
+    """``timm.create_model`` with one-line errors, for our models and timm's.
 
     Raises:
-        ValueError: there is no such model, or it does not take these arguments.
+        ValueError: there is no such model, or it cannot be built with these arguments.
     """
     if not timm.is_model(name):
         raise unknown_name("model", name, [*timm.list_models("qtvit*"), *timm.list_models(exclude_filters="qtvit*")])
@@ -34,16 +34,16 @@ def build_model(name: str, **model_args: Any) -> nn.Module:
         )
     try:
         return timm.create_model(name, **model_args)
-    except (TypeError, AssertionError, RuntimeError) as error:  # the latter for weights that do not fit
+    except (TypeError, AssertionError, RuntimeError) as error:  # RuntimeError: weights that do not fit
         reason = textwrap.shorten(str(error), 300, placeholder=" …")
         raise ValueError(f"model {name} cannot be built with {model_args}: {reason}") from error
 
 
 @torch.no_grad()
 def check_img_size(model: nn.Module, img_size: tuple[int, int], option: str = "--img-size") -> None:
-    """ValueError that names ``option`` unless ``model`` takes images of ``img_size`` (H, W).
+    """Raise a ValueError that names ``option`` unless ``model`` takes images of ``img_size`` (H, W).
 
-    Tried out on one image, but for our own models.
+    Ours take any size from their largest stride on; other models are tried on one blank image.
     """
     size = "x".join(map(str, img_size))
     if isinstance(model, QTViT):
@@ -62,16 +62,21 @@ def check_img_size(model: nn.Module, img_size: tuple[int, int], option: str = "-
 
 @dataclass(frozen=True)
 class ModelCost:
-    """Size and cost of one forward pass: multiply-accumulates of convolutions, linear layers and matrix products."""
+    """Size of a model and cost of its forward pass for one image.
+
+    Attributes:
+        num_params: number of parameters.
+        num_macs: multiply-accumulates of convolutions, linear layers and matrix products.
+    """
 
     num_params: int
     num_macs: int
 
 
 def model_cost(model: nn.Module, img_size: tuple[int, int]) -> ModelCost:
-    """Parameters and MACs for one image of ``img_size`` (H, W), counted on shapes alone; the model is left as it is."""
+    """Parameters and MACs for one image of ``img_size`` (H, W), counted on a copy on the meta device."""
     shapes = copy.deepcopy(model).eval().to("meta")
     in_chans = getattr(model, "in_chans", 3)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         shapes(torch.empty(1, in_chans, *img_size, device="meta"))
-    return ModelCost(sum(p.numel() for p in model.parameters()), counter.get_total_flops() // 2)
+    return ModelCost(sum(p.numel() for p in model.parameters()), counter.get_total_flops() // 2)  # a MAC is 2 FLOPs

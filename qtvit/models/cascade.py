@@ -1,8 +1,8 @@
-"""The heads of Cascade R-CNN: each stage classifies and moves the boxes that the one before it has moved.
+"""The heads of Cascade R-CNN: each stage classifies and refines the boxes of the stage before it.
 
 "Cascade R-CNN: Delving into High Quality Object Detection", Cai and Vasconcelos, CVPR 2018.
 
-Shapes: R regions, C classes with the background, which is class 0.
+Shapes: R regions, C classes including the background, which is class 0.
 """
 
 from collections.abc import Sequence
@@ -14,20 +14,20 @@ from torchvision.models.detection.roi_heads import RoIHeads, fastrcnn_loss, mask
 from torchvision.ops import clip_boxes_to_image
 
 Boxes = list[Tensor]
-"""(R, 4) of each image: x1, y1, x2, y2 in pixels of the resized image."""
+"""One tensor (R, 4) per image: x1, y1, x2, y2 in pixels of the resized image."""
 
 
 class CascadeRoIHeads(nn.Module):
-    """Stages in a row, in place of torchvision's ``RoIHeads``, with its interface.
+    """A sequence of heads (stages) with the interface of torchvision's ``RoIHeads``, which it replaces.
 
-    In training, each stage matches the boxes it is given at its own IoU and samples among them; its losses count with
-    its weight. In evaluation, the boxes are those of the last stage, scores and masks the means over all stages (every
-    mask head sees the final boxes).
+    In training, each stage matches its input boxes to the targets at its own IoU threshold and samples among them; its
+    losses are multiplied by its weight. In evaluation, the boxes are those of the last stage; scores and masks are
+    means over all stages (every mask head sees the final boxes).
 
     Args:
-        stages: torchvision's heads, each with its thresholds, box coder and weights. Their box predictors move a box
-            the same for every class. With mask heads in all of them, or in none.
-        loss_weights: of the stages.
+        stages: torchvision's heads, each with its own thresholds, box coder and weights. Their box predictors are
+            class-agnostic: they give the same deltas for every class. Either all have mask heads or none.
+        loss_weights: weight of each stage's losses.
     """
 
     def __init__(self, stages: Sequence[RoIHeads], loss_weights: Sequence[float] = (1.0, 0.5, 0.25)) -> None:
@@ -43,9 +43,9 @@ class CascadeRoIHeads(nn.Module):
         image_shapes: list[tuple[int, int]],
         targets: list[dict[str, Tensor]] | None = None,
     ) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
-        """Feature maps and proposals -> detections (none in training), losses (none in evaluation).
+        """Feature maps and proposals -> detections (empty in training) and losses (empty in evaluation).
 
-        The losses have torchvision's names, whatever the number of stages: each is the weighted sum over them.
+        The losses have torchvision's names; each is the weighted sum over the stages.
         """
         if not self.training:
             return self.detect(features, proposals, image_shapes), {}
@@ -62,7 +62,7 @@ class CascadeRoIHeads(nn.Module):
     def detect(
         self, features: dict[str, Tensor], proposals: Boxes, image_shapes: list[tuple[int, int]]
     ) -> list[dict[str, Tensor]]:
-        """What is found in each image: boxes, labels, scores, and masks if there are mask heads."""
+        """The detections in each image: boxes, labels, scores, and masks if there are mask heads."""
         *earlier, last = stages = self._stages()
         probs = []
         for stage in earlier:
@@ -71,7 +71,7 @@ class CascadeRoIHeads(nn.Module):
             proposals = _moved(stage, deltas, proposals, image_shapes)
         logits, deltas = _predict(last, features, proposals, image_shapes)
         probs.append(logits.softmax(-1))
-        mean_logits = torch.stack(probs).mean(0).log()  # whose softmax is the mean of the scores
+        mean_logits = torch.stack(probs).mean(0).log()  # their softmax is the mean probability
         found = last.postprocess_detections(mean_logits, deltas, proposals, image_shapes)
         results = [
             {"boxes": boxes, "labels": labels, "scores": scores} for boxes, scores, labels in zip(*found, strict=True)
@@ -95,9 +95,10 @@ def _predict(
 
 
 def _moved(stage: Any, deltas: Tensor, boxes: Boxes, image_shapes: list[tuple[int, int]]) -> Boxes:
-    """The boxes where ``stage`` puts them, within their images; no gradient flows from one stage to the next."""
+    """The boxes refined by ``stage``, clipped to their images; no gradient flows from one stage to the next."""
     moved = stage.box_coder.decode(deltas.detach(), boxes)
-    moved = moved.view(len(deltas), deltas.shape[1] // 4, 4)[:, 0]  # decode leaves out a dimension if there are none
+    # All classes have the same deltas, so the first will do. Without any boxes, decode() returns two dimensions.
+    moved = moved.view(len(deltas), deltas.shape[1] // 4, 4)[:, 0]
     per_image = moved.split([len(of_image) for of_image in boxes])
     return [clip_boxes_to_image(*pair) for pair in zip(per_image, image_shapes, strict=True)]
 
@@ -111,7 +112,7 @@ def _losses(
     image_shapes: list[tuple[int, int]],
     targets: Any,
 ) -> dict[str, Tensor]:
-    """The losses of one stage on its samples (boxes, the target of each, its label, its deltas), as torchvision's."""
+    """The losses of one stage as in torchvision; ``samples`` are boxes, indices of their targets, labels, deltas."""
     boxes, matches, labels, box_targets = samples
     loss_classifier, loss_box_reg = fastrcnn_loss(logits, deltas, labels, box_targets)
     losses = {"loss_classifier": loss_classifier, "loss_box_reg": loss_box_reg}

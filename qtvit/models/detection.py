@@ -1,10 +1,10 @@
-"""Detectors: Faster, Mask and Cascade (Mask) R-CNN on a feature pyramid of our networks, or of any of timm's.
+"""Detectors: Faster, Mask and Cascade (Mask) R-CNN with a feature pyramid on one of our networks or of timm's.
 
-The parts are torchvision's, put together as in mmdetection's configurations; the pyramid follows whatever strides the
-network has. "Mask R-CNN", He et al., ICCV 2017; "Feature Pyramid Networks", Lin et al., CVPR 2017.
+The components are torchvision's, configured as in mmdetection; the pyramid follows the strides of the network.
+"Mask R-CNN", He et al., ICCV 2017; "Feature Pyramid Networks", Lin et al., CVPR 2017.
 
-Tables 4 and 5 of the QT-ViT paper say Mask R-CNN, but their parameters are, to the last digit, those of Cascade Mask
-R-CNN with three mask heads, ``cascade=True`` here. In millions, with 80 categories and no classifier in the network:
+Tables 4 and 5 of the QT-ViT paper say Mask R-CNN, but their parameter counts are, to the last digit, those of Cascade
+Mask R-CNN with three mask heads (``cascade=True``). In millions, with 80 categories and without the classifier's head:
 
     ======================  ========  ========  ========  ===============  ===============  ===============
     heads                   QT-ViT-1  QT-ViT-2  QT-ViT-3  EfficientViT-B1  EfficientViT-B2  EfficientViT-B3
@@ -43,34 +43,35 @@ from .build import build_model
 from .cascade import CascadeRoIHeads
 
 CASCADE = ((0.5, 10.0), (0.6, 20.0), (0.7, 30.0))
-"""Stages of Cascade R-CNN: IoU from which a region is an object; weight of its deltas (half for its sides)."""
+"""Stages of Cascade R-CNN: IoU from which a region is an object, and weight of its x, y deltas (w, h: half of it)."""
 BODY = "backbone.body."
-"""What stands before the names of the network's weights in a detector's state dict."""
+"""Prefix of the network's weights in a detector's state dict."""
 
 
 class Detector(GeneralizedRCNN):
-    """torchvision's interface: lists of images (3, H, W) in 0..1, of any sizes.
+    """A detector with torchvision's interface, built by `build_detector`.
 
-    In training, ``detector(images, targets)`` gives a dict of losses; each target is a dict of boxes (float (N, 4):
-    x1, y1, x2, y2 in pixels), labels (int64 (N,), from 1 to num_classes) and, with mask heads, masks (uint8
-    (N, H, W)); N may be 0. In evaluation, ``detector(images)`` gives for each image a dict of boxes, labels, scores
-    and, with mask heads, masks (float (N, 1, H, W) in 0..1), all in pixels of the image as it was given.
+    Its input is a list of images (3, H, W) with values in 0..1, of any sizes. In training,
+    ``detector(images, targets)`` returns a dict of losses; each target is a dict of boxes (float (N, 4): x1, y1, x2, y2
+    in pixels), labels (int64 (N,), from 1 to num_classes) and, with mask heads, masks (uint8 (N, H, W)); N may be 0. In
+    evaluation, ``detector(images)`` returns for each image a dict of boxes, labels, scores and, with mask heads, masks
+    (float (N, 1, H, W) in 0..1), all in pixels of the original image.
 
-    Under autocast, the convolutions and linear layers run in half precision; anchors, boxes, losses and the choice of
-    boxes are fp32. `build_detector` makes it.
+    Under autocast, convolutions and linear layers run in half precision; anchors, boxes, losses and the selection of
+    boxes are fp32.
     """
 
     num_classes: int
-    """Categories, without the background."""
+    """Number of categories, without the background."""
 
     @property
     def body(self) -> Any:
-        """The network below the pyramid."""
+        """The network below the feature pyramid."""
         return self.backbone.body
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
-        """Parameters of the network that its own recipe does not decay."""
+        """Parameters of the network that its own recipe exempts from weight decay."""
         return {BODY + name for name in getattr(self.body, "no_weight_decay", set)()}
 
     @torch.jit.ignore
@@ -79,27 +80,27 @@ class Detector(GeneralizedRCNN):
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Layers of the network, as timm counts them; pyramid and heads come last."""
+        """timm's layer groups of the network; pyramid and heads match none of them and so come last."""
         return below(BODY, self.body.group_matcher(coarse=coarse))
 
 
 class PyramidBackbone(Backbone):
-    """A network and the feature pyramid on its maps: (B, 3, H, W) -> {"0": (B, C, H / stride, W / stride), …, "pool"}.
+    """A network and a feature pyramid: (B, 3, H, W) -> {"0": (B, C, H / stride, W / stride), …, "pool": …}.
 
-    Of the network's maps the pyramid has those from 1/8 of the largest stride on, 4 to 32 for most networks; "pool" is
-    the last one at half its resolution, for the largest proposals.
+    The pyramid takes the network's feature maps from 1/8 of the largest stride on, strides 4 to 32 for most networks.
+    "pool" is the coarsest map at half its resolution, for the largest proposals.
 
     Args:
         body: see `Backbone`.
         chans: C.
-        norm_layer: behind each of the pyramid's convolutions; None: no norms.
+        norm_layer: norm after each of the pyramid's convolutions; None: no norms.
 
     Attributes:
         out_channels: C.
-        strides: of all maps, "pool" too.
+        strides: strides of all feature maps, including "pool".
 
     Raises:
-        ValueError: the network gives no maps, or they do not halve from one to the next.
+        ValueError: the network has no ``forward_intermediates``, or strides that do not double from map to map.
     """
 
     def __init__(self, body: nn.Module, chans: int, norm_layer: Callable[..., nn.Module] | None = None) -> None:
@@ -119,10 +120,10 @@ class PyramidBackbone(Backbone):
 
 
 class StrideAnchors(AnchorGenerator):
-    """Three anchors at every position of every map: of ``scale`` strides' side, at height to width 1/2, 1 and 2.
+    """Three anchors per position of each feature map: area (scale · stride)², height to width 1/2, 1 and 2.
 
-    torchvision's generator takes strides from the maps' sizes, which is off for a map that does not divide the image,
-    and computes in the maps' dtype, which in half precision is off by pixels.
+    torchvision's generator derives strides from the maps' sizes, which is wrong where a map's size does not divide the
+    image's, and computes in the maps' dtype, which is off by pixels in half precision.
     """
 
     def __init__(self, strides: Sequence[int], scale: float) -> None:
@@ -130,7 +131,7 @@ class StrideAnchors(AnchorGenerator):
         self.strides = tuple(strides)
 
     def forward(self, image_list: ImageList, feature_maps: list[Tensor]) -> list[Tensor]:
-        """(anchors, 4) in pixels for each image, fp32; all images have the same."""
+        """The anchors, (num_anchors, 4) in pixels and fp32, once per image; all images have the same."""
         self.set_cell_anchors(torch.float32, feature_maps[0].device)
         sizes: Any = [feature_map.shape[-2:] for feature_map in feature_maps]
         strides: Any = [(stride, stride) for stride in self.strides]
@@ -139,28 +140,30 @@ class StrideAnchors(AnchorGenerator):
 
 
 class Resize(GeneralizedRCNNTransform):
-    """torchvision's, with sizes that are computed exactly, which the rounding of a factor can make a pixel smaller."""
+    """torchvision's resizing with sizes computed in integers: a rounded scale factor can lose a pixel."""
 
     def new_size(self, height: Any, width: Any, shorter: int) -> tuple[Any, Any]:
-        """(H, W) at a shorter side of ``shorter``, or at a longer one of ``max_size`` if that is smaller.
+        """(H, W) with the shorter side at ``shorter``, or with the longer side at ``max_size`` if that is smaller.
 
-        All may be traced, so that exported files compute the same.
+        ``height`` and ``width`` may be symbolic, so that exported files compute the same sizes.
         """
         short, long = torch.sym_min(height, width), torch.sym_max(height, width)
         new: Any = [torch.sym_min(side * shorter // short, side * self.max_size // long) for side in (height, width)]
         return new[0], new[1]
 
     def scaled(self, image: Tensor, shorter: int) -> Tensor:
-        """``image`` (3, H, W) at its `new_size`."""
+        """``image`` (3, H, W) resized to its `new_size`."""
         height, width = image.shape[-2:]
         size = self.new_size(height, width, shorter)
         return F.interpolate(image[None], size, mode="bilinear", align_corners=False)[0]
 
     def resize(self, image: Tensor, target: Any = None) -> Any:
-        """``image`` (3, H, W) and the boxes and masks of ``target`` at the new size.
+        """``image`` (3, H, W), and the boxes and masks of ``target``, at the new size.
+
+        In training, the length of the shorter side is drawn from ``min_size``; in evaluation, it is the last of these.
 
         Raises:
-            ValueError: an image so elongated that nothing would be left of its shorter side.
+            ValueError: the image is so elongated that less than a pixel of its shorter side would be left.
         """
         height, width = image.shape[-2:]
         if min(height, width) * self.max_size < max(height, width):
@@ -178,7 +181,7 @@ class Resize(GeneralizedRCNNTransform):
 
 
 class ProposalHead(RPNHead):
-    """torchvision's head of the region proposal network, with results in fp32 under autocast too."""
+    """torchvision's head of the region proposal network (RPN), with fp32 outputs under autocast too."""
 
     def forward(self, x: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         logits, deltas = super().forward(x)
@@ -186,12 +189,12 @@ class ProposalHead(RPNHead):
 
 
 class BoxPredictor(nn.Module):
-    """Class logits and box deltas of regions, (R, C) -> (R, num_outputs) and (R, 4 · num_outputs), in fp32.
+    """Class logits and box deltas of R regions in fp32: (R, C) -> (R, num_outputs), (R, 4 · num_outputs).
 
     Args:
         chans: C.
-        num_outputs: classes with the background.
-        class_agnostic: move a box the same for every class: the deltas are there once and are given for each.
+        num_outputs: number of classes, including the background.
+        class_agnostic: predict one set of deltas and repeat it for every class.
     """
 
     def __init__(self, chans: int, num_outputs: int, class_agnostic: bool) -> None:
@@ -205,7 +208,7 @@ class BoxPredictor(nn.Module):
 
 
 class MaskPredictor(MaskRCNNPredictor):
-    """torchvision's, with results in fp32 under autocast too."""
+    """torchvision's mask predictor, with fp32 outputs under autocast too."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x).float()
@@ -231,31 +234,31 @@ def build_detector(
     score_thresh: float = 0.05,
     max_detections: int = 100,
 ) -> Detector:
-    """A detector with new weights on a network with new weights (see `qtvit.models.load_backbone`).
+    """Build a detector with newly initialised weights; `qtvit.models.load_backbone` can load those of its network.
 
     Args:
         model: name of the network, ours or timm's.
-        num_classes: categories, without the background.
-        masks: Mask R-CNN; False: Faster R-CNN, which learns from boxes alone.
-        cascade: three stages of heads instead of one.
-        min_size: px of the shorter side to which images are resized; with several, a training step draws one for each
-            image, and evaluation takes the last.
-        max_size: px that the longer side is not to exceed.
-        mean, std: of the channels, with which images are normalised.
-        model_args: of the network, as for ``timm.create_model``. With those of a classifier's checkpoint, positional
-            maps are of its size.
-        fpn_chans: channels of the pyramid, the proposals' head and the mask heads.
-        fpn_norm: BatchNorms in the pyramid.
-        box_dim: channels of the box heads.
-        anchor_scale: side of the anchors in strides.
-        proposals: regions of an image that the heads look at, the best ones; twice as many to train on.
-        rois_per_image: of these, those on which the heads are trained, at most a quarter of them objects.
-        score_thresh: below it, nothing counts as found.
-        max_detections: in an image, the best ones.
+        num_classes: number of categories, without the background.
+        masks: True: Mask R-CNN; False: Faster R-CNN, which is trained on boxes alone.
+        cascade: use three stages of heads instead of one (Cascade R-CNN).
+        min_size: length in px to which the shorter side of images is resized. Out of several, training draws one for
+            each image, and evaluation takes the last.
+        max_size: upper bound in px for the longer side of the resized images.
+        mean, std: of each channel, for normalising the images.
+        model_args: arguments of the network for ``timm.create_model``. With those of a classifier's checkpoint, the
+            positional maps have that classifier's size.
+        fpn_chans: channels of the pyramid, the RPN head and the mask heads.
+        fpn_norm: whether the pyramid has BatchNorms.
+        box_dim: channels of the box heads' linear layers.
+        anchor_scale: side of the square anchors in units of the stride.
+        proposals: number of best-scoring proposals per image that are passed to the heads; twice as many in training.
+        rois_per_image: number of proposals per image that the heads are trained on, at most a quarter of them objects.
+        score_thresh: detections with a lower score are dropped.
+        max_detections: number of best-scoring detections per image that are kept.
 
     Raises:
-        ValueError: there is no such network or it takes no such arguments, it has no maps for a pyramid, or a number
-            is out of range.
+        ValueError: there is no such network, it does not take these arguments, its feature maps do not fit a pyramid,
+            or a number is out of range.
     """
     sizes = [min_size] if isinstance(min_size, int) else list(min_size)
     if num_classes < 1:
@@ -307,9 +310,9 @@ def build_detector(
 
 
 def _roi_align(strides: Sequence[int], size: int) -> MultiScaleRoIAlign:
-    """Regions to ``size`` x ``size``, from the map of stride s for sides of 14·s to 28·s px (Lin et al., equation 1).
+    """RoIAlign to ``size`` x ``size``; sides of 14·s to 28·s px use the map of stride s (Lin et al., equation 1).
 
-    torchvision's guesses the strides from the first images that it sees, wrongly if they are small.
+    torchvision guesses the strides from the first images that it sees, wrongly if these are small.
     """
     pool = MultiScaleRoIAlign([str(i) for i in range(len(strides))], size, sampling_ratio=2)
     levels = [stride.bit_length() - 1 for stride in (strides[0], strides[-1])]

@@ -1,6 +1,6 @@
-"""Weights of others: the names of our state dict's entries in their checkpoints, and what a model makes of those.
+"""Checkpoints of others: their names for the entries of our state dict, and how their weights are fitted to our models.
 
-The authors' release of QT-ViT builds on MIT's EfficientViT and has its names, with three additions (positional maps,
+The authors' release of QT-ViT builds on MIT's EfficientViT and uses its names, with three additions (positional maps,
 the shortcut's norm, the kernel's scalar). timm's port of EfficientViT has names of its own.
 """
 
@@ -18,11 +18,11 @@ from qtvit.ops import KERNELS, get_kernel
 from .architectures import Architecture
 
 TIMM_ATTN_EPS = 1e-5
-"""What timm's EfficientViT adds to its sums of weights."""
+"""The eps that timm's EfficientViT adds to its sums of weights."""
 
 _ATTENTION_NAMES = {
     "scalars.c": "ones_scale1",
-    "scalars.": "scalars.",  # of kernels that were not released
+    "scalars.": "scalars.",  # of kernels that the release does not have
     "pos_embed": "positional_encoding",
     "qkv.": "qkv.conv.",
     "aggregate.": "aggreg.0.",
@@ -45,14 +45,14 @@ _NEW_PART = re.compile(r"\.attn\.(scalars\.\w+|pos_embed|shortcut_norm\.\w+)$")
 
 
 def released_name(key: str, cfg: Architecture) -> str:
-    """The name in the authors' checkpoints, and in MIT's, of the entry ``key`` of our state dict.
+    """The name that our state dict's entry ``key`` has in the authors' checkpoints and in MIT's.
 
-    Their family B counts the stem apart from the stages, their family L does not.
+    In these, family B's stem stands apart from the stages, and family L's is the first stage.
     """
     if key.startswith("head."):
         return "head." + _replace_prefix(key.removeprefix("head."), _RELEASED_HEAD)
     stage, block, name = _split(key)
-    if not _has_residual_stem(cfg):
+    if not _is_family_b(cfg):
         prefix = f"backbone.stages.{stage}"
     else:
         prefix = "backbone.input_stem" if stage == 0 else f"backbone.stages.{stage - 1}"
@@ -60,7 +60,7 @@ def released_name(key: str, cfg: Architecture) -> str:
 
 
 def timm_name(key: str, cfg: Architecture) -> str:
-    """The name in the state dict of timm's ``efficientvit_*`` of the entry ``key`` of ours."""
+    """The name that our state dict's entry ``key`` has in that of timm's ``efficientvit_*``."""
     if key.startswith("head."):
         return "head." + _replace_prefix(key.removeprefix("head."), _TIMM_HEAD)
     stage, block, name = _split(key)
@@ -72,13 +72,15 @@ def timm_name(key: str, cfg: Architecture) -> str:
 
 
 def _split(key: str) -> tuple[int, int, str]:
+    """The stage, the block and the name within the block of an entry of our state dict."""
     match = re.fullmatch(r"stages\.(\d+)\.(\d+)\.(.+)", key)
     if match is None:
         raise ValueError(f"{key!r} is no entry of a QTViT state dict")
     return int(match[1]), int(match[2]), match[3]
 
 
-def _has_residual_stem(cfg: Architecture) -> bool:
+def _is_family_b(cfg: Architecture) -> bool:
+    """Whether the stem is family B's, with residual DSConv blocks, which the release counts apart from the stages."""
     return cfg.stages[0].block == "ds"
 
 
@@ -98,7 +100,7 @@ def _replace_prefix(name: str, table: Mapping[str, str]) -> str:
 
 
 def source_of(names: Iterable[str]) -> str:
-    """Whose names these are: "qtvit", "release", "mit", "timm", or "" for nobody's that is known here."""
+    """Where a checkpoint with these names comes from: "qtvit", "release", "mit", "timm", or "" if unknown."""
     names = set(names)
     if "stem.in_conv.conv.weight" in names:
         return "timm"
@@ -109,26 +111,26 @@ def source_of(names: Iterable[str]) -> str:
 
 
 def own_names(names: Iterable[str], own: Iterable[str], cfg: Architecture) -> dict[str, str]:
-    """Our name for each of ``names``, whosever they are; names that are nobody's stay as they are.
+    """Our name for each of ``names``, which may be ours, the release's, MIT's or timm's; unknown names are kept.
 
     Args:
-        names: of somebody's weights.
-        own: names of the weights of our model.
+        names: names in the checkpoint.
+        own: names in our model's state dict.
         cfg: the model's architecture.
     """
     ours = {}
     for key in own:
         for name_of in (released_name, timm_name):
-            with contextlib.suppress(ValueError):  # a part that somebody has added to the model
+            with contextlib.suppress(ValueError):  # a module that a user has added to the model
                 ours[name_of(key, cfg)] = key
     return {name: ours.get(name, name) for name in names}
 
 
 def rename_keys(state_dict: Mapping[str, Any], own: Iterable[str], cfg: Architecture) -> dict[str, Any]:
-    """A state dict with our names from one with anybody's; ``own`` and ``cfg`` as for `own_names`.
+    """A copy of ``state_dict`` under our names; arguments as for `own_names`.
 
     Raises:
-        ValueError: two of its tensors have the same name of ours.
+        ValueError: two entries have the same name of ours.
     """
     renamed: dict[str, Any] = {}
     names = own_names(state_dict, own, cfg)
@@ -140,23 +142,23 @@ def rename_keys(state_dict: Mapping[str, Any], own: Iterable[str], cfg: Architec
 
 
 def take_over(state_dict: Mapping[str, Tensor], own: Mapping[str, Tensor], kernel: str) -> dict[str, Tensor]:
-    """What a model takes over of weights (with our names) that were trained with another attention than its own.
+    """Adapt weights (under our names) that were trained with another attention to a model's own attention.
 
-    It takes everything that both have. Parts that only the model has begin at what disturbs least: positional maps at
-    0, shortcuts silent (GELU(0) = 0; their gradient is not), scalars as in a new model. Parts that it does not have are
-    left out.
+    What both have is taken over. Parts of the attention that only the model has start at values that change its output
+    least: positional maps at 0, shortcuts with an output of 0 (GELU(0) = 0, with a gradient that is not), scalars at
+    their initial values. Parts of the attention that only the weights have are left out.
 
     Args:
         state_dict: the weights.
         own: the model's state dict.
-        kernel: of the model.
+        kernel: the model's attention kernel.
     """
     scalars = get_kernel(kernel).scalars
     taken = {key: value for key, value in state_dict.items() if key in own or not _NEW_PART.search(key)}
     for key, value in own.items():
         if key not in taken and (part := _NEW_PART.search(key)):
             qkv = state_dict.get(f"{key[: part.start()]}.attn.qkv.weight")
-            if qkv is not None:  # else these are not the weights of this block
+            if qkv is not None:  # otherwise the weights lack this block altogether
                 name = key.rpartition(".")[2]
                 start = 1.0 if name == "running_var" else scalars.get(name, 0.0)
                 dtype = qkv.dtype if value.is_floating_point() else value.dtype
@@ -167,18 +169,18 @@ def take_over(state_dict: Mapping[str, Tensor], own: Mapping[str, Tensor], kerne
 def fit_weights(
     state_dict: Mapping[str, Any], own: Mapping[str, Tensor], cfg: Architecture, kernel: str
 ) -> dict[str, Any]:
-    """Weights with anybody's names as a model of ours can load them.
+    """Make weights under any known names loadable by a model of ours.
 
-    They get our names, positional maps are resized to the model's as they would be at run time, and weights of
-    EfficientViT are completed by `take_over`.
+    They get our names, positional maps are resized to the model's size as the forward pass would resize them, and
+    weights of EfficientViT (MIT's or timm's) are completed by `take_over`.
 
     Args:
-        state_dict: the weights.
+        state_dict: the weights, under our names, the release's, MIT's or timm's.
         own: the model's state dict.
-        cfg, kernel: of the model.
+        cfg, kernel: the model's architecture and attention kernel.
 
     Raises:
-        ValueError: two of the tensors have the same name of ours.
+        ValueError: two entries have the same name of ours.
     """
     fitted = rename_keys(state_dict, own, cfg)
     if source_of(state_dict) in ("mit", "timm"):
@@ -193,19 +195,20 @@ def fit_weights(
 
 
 def kernel_scalars(names: Iterable[str]) -> set[str]:
-    """Names of the learnable scalars of the attention kernel among those of a state dict, ours or the release's."""
+    """The kernel's learnable scalars that occur in the names of a state dict, ours or the release's."""
     found = (re.search(r"(?:^|\.)(?:scalars\.(\w+)|ones_scale1)$", name) for name in names)
     return {match[1] or "c" for match in found if match}
 
 
 def kernels_with(scalars: set[str]) -> list[str]:
-    """The kernels that have just these learnable scalars."""
+    """The kernels whose learnable scalars are exactly these."""
     return [name for name, spec in KERNELS.items() if set(spec.scalars) == scalars]
 
 
 def kernel_mismatch(names: Iterable[str], kernel: str) -> str:
-    """What says that weights of these names are of another kernel than ``kernel``; nothing if they may be of it, or
-    have no attention.
+    """The error message if weights with these names belong to another kernel than ``kernel``.
+
+    It is "" if their scalars are those of ``kernel``, or if they contain no attention.
     """
     names = list(names)
     own, expected = kernel_scalars(names), set(get_kernel(kernel).scalars)

@@ -36,12 +36,13 @@ from qtvit.layers import (
 from .architectures import ARCHITECTURES, Architecture, Stage
 from .foreign import fit_weights, kernel_mismatch
 
-# Its op dispatches on shapes, dtypes and devices, which torch.fx cannot trace; as a leaf it can stay in a traced graph.
+# The attention op branches on shapes, dtypes and devices, which torch.fx cannot trace; as a leaf module, the layer can
+# stay in a traced graph.
 register_notrace_module(MultiScaleAttention)
 
 
 class AttentionBlock(nn.Module):
-    """Attention for context, then an MBConv for local detail; both residual, neither pre-normed."""
+    """Attention for global context, then an MBConv for local detail; both residual, without pre-norm."""
 
     def __init__(
         self, attn: nn.Module, local: nn.Module, attn_drop_path: nn.Module, local_drop_path: nn.Module
@@ -60,6 +61,7 @@ class AttentionBlock(nn.Module):
 
 @torch.no_grad()
 def _init_weights(module: nn.Module, conv_init: str = "trunc_normal") -> None:
+    """Initialise a convolution or linear layer; other modules keep PyTorch's initial values."""
     if isinstance(module, (nn.Conv2d, nn.Linear)):
         if isinstance(module, nn.Conv2d) and conv_init == "kaiming":
             nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
@@ -72,8 +74,8 @@ def _init_weights(module: nn.Module, conv_init: str = "trunc_normal") -> None:
 class ClassifierHead(nn.Module):
     """1×1 convolution, global pool, hidden linear layer, classifier: (B, C, H, W) -> (B, num_classes).
 
-    Without a pool (``global_pool=""``), every position is classified, (B, num_classes, H, W); without a classifier
-    either, the feature map passes unchanged.
+    Without a pool (``global_pool=""``), every position is classified: (B, num_classes, H, W). With neither pool nor
+    classifier, the feature map is returned unchanged.
     """
 
     def __init__(
@@ -96,10 +98,10 @@ class ClassifierHead(nn.Module):
         self.reset(num_classes, global_pool)
 
     def reset(self, num_classes: int, pool_type: str | None = None) -> None:
-        """A new classifier of ``num_classes`` outputs (0: none), and optionally another pooling ("": none).
+        """Replace the classifier by one of ``num_classes`` outputs (0: none), and optionally the pooling ("": none).
 
         Raises:
-            ValueError: a pooling that changes the number of channels, as "catavgmax" does.
+            ValueError: the pooling changes the number of channels, as "catavgmax" does.
         """
         if pool_type is not None:
             pool = SelectAdaptivePool2d(pool_type=pool_type, flatten=bool(pool_type))
@@ -127,21 +129,23 @@ class QTViT(nn.Module):
 
     Args:
         cfg: the architecture.
-        img_size: (H, W) for which the positional maps are laid out; other sizes work too, the maps are resized.
+        img_size: (H, W), or one side, that sets the size of the positional maps; None: the architecture's. Images of
+            other sizes work too, as the maps are resized.
         in_chans: image channels.
         num_classes: outputs of the classifier; 0 leaves it out.
         global_pool: pooling of the head, "avg", "max" or "avgmax"; "" for none, see `ClassifierHead`.
         kernel: attention kernel, a name in ``qtvit.ops.KERNELS``.
         ape, shortcut, attn_eps, softmax_residual: parts of the attention, see `qtvit.layers.MultiScaleAttention`.
         drop_rate: dropout before the classifier.
-        drop_path_rate: stochastic depth of the last residual unit, in [0, 1); unit i of n, counted from 0, gets
-            ``drop_path_rate * (i + 1) / n``. An attention block is two units, family B's stem block none.
-        drop_path_skip: how many of the first units are never dropped and do not count in n. (The paper's table says
+        drop_path_rate: stochastic depth rate of the last residual unit, in [0, 1); unit i of n, counted from 0, has
+            ``drop_path_rate * (i + 1) / n``. An attention block is two units; family B's stem blocks are not counted.
+        drop_path_skip: number of first units that are never dropped and do not count in n. (The paper's table says
             blocks; at the start of family L, where the recipe uses it, every block is one unit.)
-        device, dtype: where and as what the parameters are made, as for any ``torch.nn`` module.
+        device, dtype: of the parameters, as for any ``torch.nn`` module.
 
     Raises:
-        ValueError: an unknown kernel, a pooling that changes the number of channels, or a drop path out of range.
+        ValueError: the kernel is unknown, the pooling changes the number of channels, or a drop path argument is out of
+            range.
     """
 
     def __init__(
@@ -209,8 +213,10 @@ class QTViT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """``cfg.conv_init`` for convolutions, truncated normal 0.02 for linear layers; the last norm of a residual
-        branch starts at 0.
+        """Initialise all weights for training from scratch.
+
+        ``cfg.conv_init`` for convolutions, truncated normal with std 0.02 for linear layers, biases 0. The weight of
+        the last norm of each residual branch is 0, so that every residual block starts as the identity.
         """
         self.apply(partial(_init_weights, conv_init=self.cfg.conv_init))
         for name, module in self.named_modules():
@@ -230,7 +236,7 @@ class QTViT(nn.Module):
         return x
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Features -> logits, or the (B, head_hidden_size) input of the classifier if ``pre_logits``."""
+        """Features -> logits; with ``pre_logits``, the input of the last linear layer, (B, head_hidden_size)."""
         return self.head(x, pre_logits=pre_logits)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -247,15 +253,18 @@ class QTViT(nn.Module):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """The outputs of the stages chosen by ``indices`` (all if None, the last n if an int), after timm's convention.
+        """The feature maps of the stages chosen by ``indices``, after timm's convention.
 
         Args:
             x: (B, in_chans, H, W).
-            indices: which stages.
+            indices: the stages; None: all, an int: the last so many.
             norm: accepted for timm's interface; stages end in a norm already, so it changes nothing.
-            stop_early: do not run the stages after the last one asked for.
-            output_fmt: "NCHW".
-            intermediates_only: return the list alone, without the final features.
+            stop_early: do not run the stages after the last chosen one.
+            output_fmt: only "NCHW".
+            intermediates_only: return the list of feature maps alone, without the final features.
+
+        Raises:
+            ValueError: another ``output_fmt``.
         """
         if output_fmt != "NCHW":
             raise ValueError(f"output_fmt must be 'NCHW', got {output_fmt!r}")
@@ -270,9 +279,9 @@ class QTViT(nn.Module):
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Drop the stages `forward_intermediates` with ``indices`` does not need, and the head.
+        """Remove the stages that `forward_intermediates` with ``indices`` does not need, and the head.
 
-        What is left pools its last feature map; `reset_classifier` puts a linear classifier behind that.
+        The remaining network pools its last feature map; `reset_classifier` adds a linear classifier after the pool.
         """
         take_indices, max_index = feature_take_indices(len(self.stages), indices)
         if prune_head or max_index + 1 < len(self.stages):
@@ -287,9 +296,9 @@ class QTViT(nn.Module):
         return self.head.fc
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """A new, randomly initialised classifier; optionally another pooling."""
+        """Replace the classifier by a newly initialised one, and optionally the pooling."""
         self.head.reset(num_classes, global_pool)
-        if isinstance(self.head, PoolHead):  # it had no parameters to take device and dtype from
+        if isinstance(self.head, PoolHead):  # timm's head has no other parameters to take device and dtype from
             weight = next(self.parameters())
             self.head.to(weight.device, weight.dtype).train(self.training)
         self.num_classes = num_classes
@@ -298,10 +307,10 @@ class QTViT(nn.Module):
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
-        """Parameters that the paper's recipe does not decay: biases, and the weights of all norms but the shortcuts'.
+        """Parameters without weight decay in the paper's recipe: biases, and norm weights except the shortcuts'.
 
-        The recipe exempts what has "norm" or "bias" in its name, and the shortcut's norm is called "bn" in the authors'
-        code. So the weights of the shortcuts' norms, the kernel's scalars and the positional maps are decayed.
+        The recipe exempts parameters with "norm" or "bias" in their name, and the authors' code calls the shortcut's
+        norm "bn". So the weights of the shortcuts' norms, the kernels' scalars and the positional maps are decayed.
         """
         names = (name for name, _ in self.named_parameters())
         return {name for name in names if re.search(r"\.bias$|(?<!\.shortcut_)norm\.weight$", name)}
@@ -316,10 +325,10 @@ class QTViT(nn.Module):
         return {"stem": r"^stages\.0\.0\.", "blocks": blocks}
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """As for any module, with weights under anybody's names: see `qtvit.models.foreign.fit_weights`.
+        """As for any module, but weights may have any of the names that `qtvit.models.foreign.fit_weights` knows.
 
         Raises:
-            RuntimeError: they do not fit; ``strict``, the message says so where they are of another kernel.
+            RuntimeError: the weights do not fit; if ``strict``, the message says whether they are of another kernel.
         """
         try:
             return super().load_state_dict(state_dict, strict, assign)
@@ -338,7 +347,7 @@ class QTViT(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        """Called by ``load_state_dict`` of this module or of one around it."""
+        """Fit the weights under ``prefix`` to this model; called by ``load_state_dict`` of this or an outer module."""
         given = {key: state_dict.pop(key) for key in list(state_dict) if key.startswith(prefix)}
         weights = fit_weights(
             {key.removeprefix(prefix): value for key, value in given.items()}, self.state_dict(), self.cfg, self.kernel
@@ -350,7 +359,7 @@ class QTViT(nn.Module):
 
 
 def _drop_paths(stages: Sequence[Stage], rate: float, skip: int) -> Iterator[nn.Module]:
-    """One drop-path module for each residual unit, in order (an attention block is two, DSConv stem blocks none)."""
+    """One drop-path module per residual unit, in order; the recipe does not count the DSConv blocks of B's stem."""
     num_units = sum((2 if s.block == "attn" else 1) * s.depth for s in stages if s.block != "ds")
     if not 0 <= rate < 1:
         raise ValueError(f"drop_path_rate must be at least 0 and less than 1, got {rate}")
@@ -379,7 +388,7 @@ def _residual_block(
     common: dict[str, Any] = {"norm_eps": cfg.norm_eps, "act": cfg.act}
     match stage.block:
         case "ds":
-            return Residual(DSConv(width, width, **common), nn.Identity())
+            return Residual(DSConv(width, width, **common), nn.Identity())  # no stochastic depth in family B's stem
         case "pair":
             return Residual(ConvPair(width, width, **common), next(drop_paths))
         case "mb":
@@ -394,7 +403,7 @@ def _residual_block(
 
 
 SHIPPED_WEIGHTS = Path(__file__).parent.parent / "weights"
-"""Folder of the model files that come with the package; `qtvit.checkpoints.load_model` takes their names."""
+"""Folder of the model files that come with the package; `qtvit.checkpoints.load_model` accepts their names."""
 
 
 def _cfg(
@@ -427,7 +436,7 @@ default_cfgs = generate_default_cfgs(
 
 
 def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: QTViT) -> dict[str, Tensor]:
-    """What timm calls with downloaded weights: `fit_weights`, of a dict that may have them under ``state_dict``."""
+    """Fit a downloaded checkpoint, or its ``state_dict`` entry, to ``model``; timm's filter for pretrained weights."""
     return fit_weights(state_dict.get("state_dict", state_dict), model.state_dict(), model.cfg, model.kernel)
 
 
@@ -453,47 +462,47 @@ def _create_qtvit(variant: str, pretrained: bool, **kwargs: Any) -> QTViT:
 
 @register_model
 def qtvit_nano(pretrained: bool = False, **kwargs: Any) -> QTViT:
-    """For images of 32 to 64 px; not in the paper. Pretrained on CIFAR-10."""
+    """The smallest variant, for images of 32 to 64 px; not in the paper. Its weights are trained on CIFAR-10."""
     return _create_qtvit("qtvit_nano", pretrained, **kwargs)
 
 
 @register_model
 def qtvit_0(pretrained: bool = False, **kwargs: Any) -> QTViT:
-    """EfficientViT-B0's size; not in the paper."""
+    """A variant of the size of EfficientViT-B0; not in the paper."""
     return _create_qtvit("qtvit_0", pretrained, **kwargs)
 
 
 @register_model
 def qtvit_1(pretrained: bool = False, **kwargs: Any) -> QTViT:
-    """QT-ViT-1, EfficientViT-B1's size."""
+    """QT-ViT-1, of the size of EfficientViT-B1."""
     return _create_qtvit("qtvit_1", pretrained, **kwargs)
 
 
 @register_model
 def qtvit_2(pretrained: bool = False, **kwargs: Any) -> QTViT:
-    """QT-ViT-2, EfficientViT-B2's size."""
+    """QT-ViT-2, of the size of EfficientViT-B2."""
     return _create_qtvit("qtvit_2", pretrained, **kwargs)
 
 
 @register_model
 def qtvit_3(pretrained: bool = False, **kwargs: Any) -> QTViT:
-    """QT-ViT-3, EfficientViT-B3's size."""
+    """QT-ViT-3, of the size of EfficientViT-B3."""
     return _create_qtvit("qtvit_3", pretrained, **kwargs)
 
 
 @register_model
 def qtvit_4(pretrained: bool = False, **kwargs: Any) -> QTViT:
-    """QT-ViT-4, EfficientViT-L1's size."""
+    """QT-ViT-4, of the size of EfficientViT-L1."""
     return _create_qtvit("qtvit_4", pretrained, **kwargs)
 
 
 @register_model
 def qtvit_5(pretrained: bool = False, **kwargs: Any) -> QTViT:
-    """QT-ViT-5, EfficientViT-L2's size."""
+    """QT-ViT-5, of the size of EfficientViT-L2."""
     return _create_qtvit("qtvit_5", pretrained, **kwargs)
 
 
 @register_model
 def qtvit_6(pretrained: bool = False, **kwargs: Any) -> QTViT:
-    """QT-ViT-6, EfficientViT-L3's size."""
+    """QT-ViT-6, of the size of EfficientViT-L3."""
     return _create_qtvit("qtvit_6", pretrained, **kwargs)

@@ -1,4 +1,4 @@
-"""Semantic segmentation: a backbone, a head on the maps of its last stages, and while training a second, auxiliary one.
+"""Semantic segmentation: a backbone, a head on the feature maps of its last stages, an auxiliary head for training.
 
 Shapes: B batch, C channels, H x W image or feature map.
 """
@@ -18,23 +18,23 @@ from .backbone import Backbone, below
 from .build import build_model
 
 BODY = "backbone.body."
-"""What stands before the names of the weights of a backbone of ours in a segmenter's state dict."""
+"""Prefix of the network's weights in a segmenter's state dict."""
 AUX_WEIGHT = 0.4
-"""Weight of the auxiliary head's loss next to 1 for the main head's."""
+"""Weight of the auxiliary head's loss; that of the main head's loss is 1."""
 POOL_BINS = (1, 2, 3, 6)
-"""Sides of the grids that pyramid pooling averages over."""
+"""Bins per side of the grids that pyramid pooling averages over."""
 
 
 def resize(x: Tensor, size: Sequence[int]) -> Tensor:
-    """Bilinear interpolation of maps to ``size`` (H, W); both cover the same image up to its edges."""
+    """Interpolate maps bilinearly to ``size`` (H, W); before and after, they cover the image from edge to edge."""
     return F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=False)
 
 
 def average_bins(x: Tensor, bins: int) -> Tensor:
     """``torch.nn.functional.adaptive_avg_pool2d(x, bins)``: (B, C, H, W) -> (B, C, bins, bins).
 
-    As two products with matrices that are made in the graph, it follows the size of the image in exported files,
-    where the size of torch's own operation is a constant. Sums run in fp32, whatever autocast says.
+    PyTorch's own operation is exported with a fixed input size. This one is two products with matrices that are made
+    in the graph, so that exported files take images of any size. Sums run in fp32, even under autocast.
     """
     with full_precision(x) as upcast:
         wide = upcast(x)
@@ -43,7 +43,7 @@ def average_bins(x: Tensor, bins: int) -> Tensor:
 
 
 def _bin_weights(bins: int, side: int, like: Tensor) -> Tensor:
-    """(bins, side): row i averages the pixels that overlap the i-th of ``bins`` equal parts of ``side``."""
+    """(bins, side) matrix; row i averages the pixels that overlap the i-th of ``bins`` equal parts of ``side``."""
     i = torch.arange(bins, device=like.device).unsqueeze(1)
     pixel = torch.arange(side, device=like.device)
     overlap = ((i * side < (pixel + 1) * bins) & (pixel * bins < (i + 1) * side)).to(like.dtype)
@@ -51,7 +51,7 @@ def _bin_weights(bins: int, side: int, like: Tensor) -> Tensor:
 
 
 class PixelClassifier(nn.Sequential):
-    """Dropout of whole channels, then a 1×1 convolution to ``num_classes`` logits: (B, C, H, W), same H and W out."""
+    """Dropout of whole channels, then a 1×1 convolution to logits: (B, C, H, W) -> (B, num_classes, H, W)."""
 
     def __init__(self, in_chans: int, num_classes: int, drop_rate: float) -> None:
         super().__init__()
@@ -62,11 +62,13 @@ class PixelClassifier(nn.Sequential):
 
 
 class PyramidPooling(nn.Module):
-    """Averages over grids of 1, 2, 3 and 6 bins a side beside the map itself: (B, in_chans, H, W) -> (B, C, H, W).
+    """Fuses a feature map with its averages over grids of 1, 2, 3 and 6 bins a side.
+
+    (B, in_chans, H, W) -> (B, channels, H, W).
 
     Raises:
         ValueError: in ``forward``, training on a batch of 1, whose average over the whole map BatchNorm cannot
-            normalise (it would leave running statistics that are not finite).
+            normalise (its running statistics would become non-finite).
     """
 
     def __init__(self, in_chans: int, channels: int) -> None:
@@ -82,14 +84,14 @@ class PyramidPooling(nn.Module):
 
 
 class UPerHead(nn.Module):
-    """The head of UPerNet: pyramid pooling of the last map, a feature pyramid, and all its levels fused at the finest.
+    """UPerNet's head: pyramid pooling of the coarsest map, a feature pyramid, all levels fused at the finest size.
 
     "Unified Perceptual Parsing for Scene Understanding", Xiao et al., ECCV 2018.
 
     Args:
-        in_chans: channels of the maps, the finest first.
-        num_classes: logits of each pixel.
-        channels: of all maps inside.
+        in_chans: channels of the feature maps, the finest first.
+        num_classes: number of logits per pixel.
+        channels: channels of all feature maps within the head.
         drop_rate: dropout before the classifier.
     """
 
@@ -102,7 +104,7 @@ class UPerHead(nn.Module):
         self.classifier = PixelClassifier(channels, num_classes, drop_rate)
 
     def forward(self, features: Sequence[Tensor]) -> Tensor:
-        """Maps, the finest first -> (B, num_classes, H, W) at the size of the finest."""
+        """Feature maps, the finest first -> (B, num_classes, H, W) at the size of the finest."""
         levels = [self.pool(features[-1])]
         for lateral, x in zip(reversed(self.laterals), reversed(features[:-1]), strict=True):
             levels.insert(0, lateral(x) + resize(levels[0], x.shape[-2:]))
@@ -112,14 +114,14 @@ class UPerHead(nn.Module):
 
 
 class LightHead(nn.Module):
-    """A head for real time, after EfficientViT-Seg's: the maps summed at the size of the finest, then a few MBConvs.
+    """A head for real-time use, after EfficientViT-Seg's: feature maps summed at the finest size, then a few MBConvs.
 
     Args:
-        in_chans: channels of the maps, the finest first.
-        num_classes: logits of each pixel.
-        channels: of the sum.
+        in_chans: channels of the feature maps, the finest first.
+        num_classes: number of logits per pixel.
+        channels: channels of the sum.
         drop_rate: dropout before the classifier.
-        depth: MBConvs.
+        depth: number of MBConvs.
     """
 
     def __init__(
@@ -133,11 +135,11 @@ class LightHead(nn.Module):
         self.classifier = PixelClassifier(4 * channels, num_classes, drop_rate)
 
     def forward(self, features: Sequence[Tensor]) -> Tensor:
-        """Maps, the finest first -> (B, num_classes, H, W) at the size of the finest."""
+        """Feature maps, the finest first -> (B, num_classes, H, W) at the size of the finest."""
         return self.classifier(self.expand(self.fuse(features)))
 
     def fuse(self, features: Sequence[Tensor]) -> Tensor:
-        """Maps, the finest first -> (B, channels, H, W) at the size of the finest."""
+        """Feature maps, the finest first -> (B, channels, H, W) at the size of the finest."""
         finest, *others = (lateral(x) for lateral, x in zip(self.laterals, features, strict=True))
         for x in others:
             finest = finest + resize(x, finest.shape[-2:])
@@ -145,13 +147,13 @@ class LightHead(nn.Module):
 
 
 class LightSkipHead(LightHead):
-    """A `LightHead` whose map meets one of twice its size before the classifier, for borders and for what is small.
+    """A `LightHead` whose output is added to a feature map of twice its size, for borders and small objects.
 
-    DeepLabv3+ (Chen et al., ECCV 2018) has such a connection to an early layer. Behind it there is little, as all of
-    that is at four times the positions.
+    DeepLabv3+ (Chen et al., ECCV 2018) has such a skip connection from an early layer. Few layers follow it, because
+    they work on four times as many positions.
 
     Args:
-        in_chans: channels of the finer map, then as for `LightHead`.
+        in_chans: channels of the finer feature map, then those of the others as for `LightHead`.
         num_classes, channels, drop_rate, depth: as for `LightHead`.
     """
 
@@ -164,13 +166,13 @@ class LightSkipHead(LightHead):
         self.classifier = PixelClassifier(2 * channels, num_classes, drop_rate)
 
     def forward(self, features: Sequence[Tensor]) -> Tensor:
-        """Maps, the finest first -> (B, num_classes, H, W) at the size of the finest."""
+        """Feature maps, the finest first -> (B, num_classes, H, W) at the size of the finest."""
         finer, *features = features
         return self.classifier(self.expand(self.skip(finer) + resize(self.fuse(features), finer.shape[-2:])))
 
 
 class FCNHead(nn.Sequential):
-    """The auxiliary head, a 3×3 convolution and a classifier: (B, in_chans, H, W) -> (B, num_classes, H, W)."""
+    """The auxiliary head: a 3×3 convolution and a classifier, (B, in_chans, H, W) -> (B, num_classes, H, W)."""
 
     def __init__(self, in_chans: int, num_classes: int, drop_rate: float, channels: int = 256) -> None:
         super().__init__()
@@ -183,17 +185,17 @@ HEADS: dict[str, tuple[type[UPerHead | LightHead], int]] = {
     "light": (LightHead, 3),
     "light_skip": (LightSkipHead, 4),
 }
-"""Heads by name, and on how many of the last stages each is put (on all of them, if the backbone has fewer)."""
+"""Heads by name, each with the number of last stages whose feature maps it takes (all, if the backbone has fewer)."""
 
 
 class Segmenter(nn.Module):
-    """A backbone with a head for each pixel's class; `build_segmenter` builds one.
+    """A backbone with a head that classifies every pixel; `build_segmenter` builds it.
 
     Args:
-        backbone: maps images to a list of feature maps, the finest first.
-        head: maps these to logits.
-        aux: maps the last but one of them to logits, while training.
-        num_classes: logits of each pixel.
+        backbone: turns images into a list of feature maps, the finest first.
+        head: turns the feature maps into logits.
+        aux: turns the second-coarsest feature map into logits in training; None: no auxiliary head.
+        num_classes: number of logits per pixel.
         in_chans: image channels.
     """
 
@@ -219,7 +221,7 @@ class Segmenter(nn.Module):
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
-        """Parameters of the network that its own recipe does not decay."""
+        """Parameters of the network that its own recipe exempts from weight decay."""
         return {BODY + name for name in getattr(self.body, "no_weight_decay", set)()}
 
     @torch.jit.ignore
@@ -228,16 +230,16 @@ class Segmenter(nn.Module):
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Layers of the network, as timm counts them; the heads come last."""
+        """timm's layer groups of the network; the heads match none of them and so come last."""
         return below(BODY, self.body.group_matcher(coarse=coarse))
 
     def forward(self, images: Tensor) -> Tensor | dict[str, Tensor]:
-        """Logits of (B, in_chans, H, W) normalised images of any size.
+        """The logits of normalised images (B, in_chans, H, W) of any size.
 
         Returns:
-            In evaluation, (B, num_classes, H, W). While training, ``{"out": …, "aux": …}`` (the latter if there is an
-            auxiliary head) at the sizes of the heads' own maps: 150 classes of 16 images of 512 x 512 px are 2.5 GB at
-            full size, and a loss keeps several such tensors. The loss can `resize` them image by image.
+            In evaluation, (B, num_classes, H, W). In training, ``{"out": …, "aux": …}`` (the latter if there is an
+            auxiliary head) at the heads' own resolutions: at full size, the logits of 16 images of 512 x 512 px for 150
+            classes take 2.5 GB, and a loss keeps several such tensors. The loss can `resize` them image by image.
         """
         features = self.backbone(images)
         logits = self.head(features)
@@ -256,23 +258,25 @@ def build_segmenter(
     drop_rate: float = 0.1,
     model_args: Mapping[str, Any] | None = None,
 ) -> Segmenter:
-    """A network for semantic segmentation.
+    """Build a network for semantic segmentation.
 
     With ``head="upernet"`` and 150 classes, QT-ViT-1, 2 and 3 have the 32.8, 44.3 and 69.7 M parameters of the paper's
-    Table 6 when the auxiliary head is not counted: the backbone with its positional maps for 224 px, and UPerNet with
-    512 channels on the maps of strides 4 to 32. The auxiliary head adds 0.3 to 0.6 M, while training only.
+    Table 6 if the auxiliary head is not counted: the backbone with its positional maps for 224 px, and UPerNet with 512
+    channels on the feature maps of strides 4 to 32. The auxiliary head adds 0.3 to 0.6 M, in training only.
 
     Args:
-        model: of the backbone, as for ``timm.create_model``.
-        num_classes: logits of each pixel.
+        model: name of the backbone, as for ``timm.create_model``.
+        num_classes: number of logits per pixel.
         head: a name in `HEADS`.
-        aux: whether there is an auxiliary head, on the last but one of the head's maps.
-        channels: of the head; None: 512 for UPerNet, those of the finest of the maps that it sums for a light one.
+        aux: whether to add an auxiliary head, on the second-coarsest of the head's feature maps.
+        channels: channels of the head; None: 512 for UPerNet, and for a light head the channels of the finest feature
+            map that it sums.
         drop_rate: dropout before the classifiers.
-        model_args: of the network, as for ``timm.create_model``; those of its classifier have no effect.
+        model_args: arguments of the network for ``timm.create_model``; those of its classifier have no effect.
 
     Raises:
-        ValueError: unknown names, arguments that the model does not take, sizes below 1, or too few maps for the head.
+        ValueError: unknown names, arguments that the model does not take, numbers below 1, or too few feature maps for
+            the head.
     """
     if head not in HEADS:
         raise unknown_name("head", head, HEADS)

@@ -1,4 +1,4 @@
-"""The network of each task, from what a model file says of it."""
+"""Builds the network of each task from the description in a model file."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -15,13 +15,13 @@ from .segmentation import build_segmenter
 def build_task_model(
     task: str, name: str, model_args: Mapping[str, Any], task_args: Mapping[str, Any] | None = None
 ) -> nn.Module:
-    """The network of a task: `build_model`'s, or one with the heads that ``task_args`` describe.
+    """Build the network of a task: `build_model`'s classifier, or one with the heads that ``task_args`` describe.
 
-    For "detect", those are ``category_ids`` and the options of `build_detector`; for "segment", ``masks``, which says
-    what masks mean, and the options of `build_segmenter`.
+    For "detect", ``task_args`` holds ``category_ids`` and the options of `build_detector`; for "segment", ``masks``,
+    which says what the values in masks mean, and the options of `build_segmenter`.
 
     Raises:
-        ValueError: there is no such task, or as `build_model`.
+        ValueError: there is no such task, or the task's builder rejects the arguments.
     """
     if task == "classify":
         return build_model(name, **model_args)

@@ -1,10 +1,10 @@
-"""Attention with any kernel, O(N) in the number of tokens unless that is softmax; in both layouts.
+"""Attention with any of the similarity kernels, in two layouts: linear in the number of tokens, except for softmax.
 
-From top to bottom: the functions that are called from outside, the shapes and scalars they take, precision, the
-contraction, and the contraction of the default kernel with its derivative written out.
+From top to bottom: the public functions, shape checks and kernel scalars, precision, the contraction, and the
+contraction of the default kernel with a hand-written backward pass.
 
 Shapes: B batch, D channels per head of q and k, E channels per head of v, N query tokens, M key tokens, F features.
-Below the public functions, batch and heads are one dimension B.
+The contraction folds batch and heads into one dimension, also called B.
 """
 
 import contextlib
@@ -33,23 +33,24 @@ def linear_attention(
 ) -> Tensor:
     """Linear attention in the layout of ``torch.nn.functional.scaled_dot_product_attention``.
 
-    O_i = Σ_j w_ij v_j / Σ_j w_ij (paper, eq. 3) with w_ij = <φ_q(q_i), φ_k(k_j)>, in O(N + M) time and memory. Takes
-    fp32, bf16 and fp16 with or without autocast: norms, sums over tokens and the division run in fp32 (fp64 stays
-    fp64). ``kernel="softmax"`` is `torch.nn.functional.scaled_dot_product_attention` under the same rules, in O(N·M).
+    O_i = Σ_j w_ij v_j / Σ_j w_ij (paper, eq. 3) with w_ij = <φ_q(q_i), φ_k(k_j)>, in O(N + M) time and memory; kernels
+    with weights of both signs have another divisor (`qtvit.ops.kernels`). Inputs are fp32, bf16 or fp16, with or
+    without autocast: norms, sums over tokens and the division run in fp32 (fp64 stays fp64). ``kernel="softmax"`` is
+    `torch.nn.functional.scaled_dot_product_attention` under the same rules, in O(N·M).
 
     Args:
         q: (B, heads, N, D).
         k: (B, heads, M, D).
         v: (B, heads, M, E).
         kernel: a name in ``qtvit.ops.KERNELS``.
-        scalars: values of the kernel's learnable scalars; those left out keep their initial values.
-        eps: what is added to the sum of weights; None: the kernel's own.
+        scalars: values of the kernel's learnable scalars; those left out have their initial values.
+        eps: added to each query's sum of weights; None: the kernel's own eps.
 
     Returns:
         (B, heads, N, E) in the dtype of v.
 
     Raises:
-        ValueError: shapes that do not fit together, an unknown kernel or scalar.
+        ValueError: the shapes do not fit together, or the kernel or a scalar is unknown.
     """
     return linear_attention_cf(q.mT, k.mT, v.mT, kernel, scalars, eps).mT
 
@@ -62,7 +63,7 @@ def linear_attention_cf(
     scalars: Mapping[str, Tensor | float] | None = None,
     eps: float | None = None,
 ) -> Tensor:
-    """`linear_attention` channels-first.
+    """`linear_attention` with tokens last, the channels-first layout of convolutional feature maps.
 
     q (B, heads, D, N), k (B, heads, D, M), v (B, heads, E, M) -> (B, heads, E, N).
     """
@@ -76,14 +77,14 @@ def linear_attention_cf(
             return scaled_dot_product_attention(q.mT.contiguous(), k.mT.contiguous(), v.mT.contiguous()).mT.to(dtype)
         heads = v.shape[:2]
         q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
-        # The written-out derivative is for one c, and for plain autograd: a compiler or exporter sees through the
-        # plain operations better, and function transforms cannot enter it.
+        # The hand-written backward pass needs a scalar c and plain autograd: compilers and exporters optimise the
+        # plain operations better, and function transforms cannot enter this autograd function.
         if spec.features is taylor2 and given["c"].ndim == 0 and _is_plain_autograd(q, k, v):
             c_squared = given["c"].square().to(_at_least_fp32(q.dtype))
             out = _Taylor2Attention.apply(q, k, v, c_squared, eps, upcast is _upcast_saturating)
             return out.unflatten(0, heads)
         out = _attend(*spec.features(upcast(q), upcast(k), **given), upcast(v), eps, spec.normalized)
-        # A normalised output is an average of values, which fits their dtype; others may be too large for fp16.
+        # Normalised outputs are averages of values and fit their dtype; other outputs may be too large for fp16.
         return (out.to(v.dtype) if spec.normalized else _saturate(out, v.dtype)).unflatten(0, heads)
 
 
@@ -94,10 +95,11 @@ def attention_weights(
     scalars: Mapping[str, Tensor | float] | None = None,
     eps: float | None = None,
 ) -> Tensor:
-    """The exact weights with which `linear_attention` averages the values: any rows of the N x M matrix it never forms.
+    """The exact weights with which `linear_attention` averages the values, for any choice of queries.
 
-    A row costs O(M·F), so ask for the queries of interest. ``attention_weights(q, k) @ v`` is the output of
-    `linear_attention`. The weights of a normalised kernel sum to 1 over the keys; `qtvit.ops.kernels` has the others.
+    They are rows of the N x M matrix that `linear_attention` never forms. A row costs O(M·F), so pass only the queries
+    of interest. ``attention_weights(q, k) @ v`` is the output of `linear_attention`. The weights of a normalised kernel
+    sum to 1 over the keys (up to eps); `qtvit.ops.kernels` describes the others.
 
     Args:
         q: (B, heads, N, D), the queries of interest.
@@ -122,11 +124,11 @@ def attention_weights(
 
 
 def masked_softmax_attention_cf(q: Tensor, k: Tensor, v: Tensor, threshold: float = 0.02) -> Tensor:
-    """Softmax attention of which only weights above ``threshold`` count, channels-first; O(N·M) time and memory.
+    """Softmax attention that keeps only weights above ``threshold``, channels-first; O(N·M) time and memory.
 
-    The high-order residual that ViTALiTy and Castling-ViT add to linear attention while they train (paper, Table 7):
-    large weights are what linear attention lacks. 0.02 is the threshold of Castling-ViT's published code; what is left
-    is not normalised again.
+    This is the high-order residual that ViTALiTy and Castling-ViT add to linear attention during training (paper,
+    Table 7): large weights are what linear attention lacks. 0.02 is the threshold of Castling-ViT's published code. The
+    remaining weights are not renormalised.
 
     q (B, heads, D, N), k (B, heads, D, M), v (B, heads, E, M) -> (B, heads, E, N).
     """
@@ -136,18 +138,19 @@ def masked_softmax_attention_cf(q: Tensor, k: Tensor, v: Tensor, threshold: floa
         return (upcast(v) @ weights.masked_fill(weights <= threshold, 0).mT).to(v.dtype)
 
 
-# Shapes and scalars
-
-
 def get_kernel(name: str) -> Kernel:
-    """The kernel of that name; ValueError with the known names if there is none."""
+    """Look up a kernel by name.
+
+    Raises:
+        ValueError: there is no such kernel; the message lists the known names.
+    """
     if name not in KERNELS:
         raise unknown_name("kernel", name, KERNELS)
     return KERNELS[name]
 
 
 def _check_shapes(q: Tensor, k: Tensor, v: Tensor) -> None:
-    """ValueError unless q (B, heads, D, N), k (B, heads, D, M) and v (B, heads, E, M) belong together."""
+    """Raise ValueError unless the shapes fit: q (B, heads, D, N), k (B, heads, D, M), v (B, heads, E, M)."""
     if not (q.ndim == k.ndim == v.ndim == 4):
         raise ValueError(f"q, k, v need four dimensions, got {q.ndim}, {k.ndim}, {v.ndim}")
     if q.shape[:3] != k.shape[:3]:
@@ -157,7 +160,7 @@ def _check_shapes(q: Tensor, k: Tensor, v: Tensor) -> None:
 
 
 def _resolve_scalars(kernel: Kernel, given: Mapping[str, Tensor | float] | None, like: Tensor) -> dict[str, Tensor]:
-    """The kernel's scalars as tensors on ``like``'s device, with initial values where none is given."""
+    """The kernel's scalars as tensors on the device of ``like``; those not given have their initial values."""
     given = given or {}
     for name in given:
         if name not in kernel.scalars:
@@ -171,15 +174,12 @@ def _resolve_scalars(kernel: Kernel, given: Mapping[str, Tensor | float] | None,
     }
 
 
-# Precision
-
-
 @contextlib.contextmanager
 def full_precision(like: Tensor) -> Iterator[Callable[[Tensor], Tensor]]:
-    """Switches autocast off for ``like``'s device, and gives the function that casts inputs to fp32.
+    """Disable autocast on the device of ``like`` and yield a function that casts tensors to fp32 (fp64 stays fp64).
 
-    Without autocast, the gradient that this function passes on to an fp16 input ends at fp16's largest number. Under
-    autocast it may become infinite, as a loss scaler has to see that to back off.
+    Without autocast, the gradient that the cast passes back to an fp16 input saturates at the largest fp16 number.
+    Under autocast it may become infinite, because a loss scaler has to see the overflow to back off.
     """
     autocast = like.device.type in AUTOCAST_DEVICES and torch.is_autocast_enabled(like.device.type)
     with torch.autocast(like.device.type, enabled=False) if autocast else contextlib.nullcontext():
@@ -199,16 +199,16 @@ def _upcast_saturating(x: Tensor) -> Tensor:
 
 
 def _saturate(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """x as ``dtype``; what is too large for fp16 becomes fp16's largest number instead of infinity."""
+    """Cast x to ``dtype``; values too large for fp16 become its largest number instead of infinity."""
     if dtype == torch.float16:
         x = x.clamp(-torch.finfo(dtype).max, torch.finfo(dtype).max)
     return x.to(dtype)
 
 
 class _SaturatingCast(torch.autograd.Function):
-    """fp16 -> fp32, with a gradient that saturates at fp16's largest number instead of turning infinite.
+    """Cast fp16 to fp32, with a gradient that saturates at the largest fp16 number instead of becoming infinite.
 
-    The gradient of a kernel that ignores the length of its input, as u(x) does, grows as 1/‖x‖.
+    The gradient of features that ignore the length of their input, as u(x) does, grows as 1/‖x‖.
     """
 
     generate_vmap_rule = True
@@ -226,15 +226,12 @@ class _SaturatingCast(torch.autograd.Function):
         return _saturate(grad, torch.float16)
 
 
-# The contraction
-
-
 def _attend(f_q: Tensor, f_k: Tensor, const: Tensor | float, values: Tensor, eps: float, normalized: bool) -> Tensor:
-    """Σ_j w_ij v_j with w_ij = <f_q_i, f_k_j> + const; if normalized, divided by Σ_j w_ij + eps.
+    """Σ_j w_ij v_j with w_ij = <f_q_i, f_k_j> + const, divided by Σ_j w_ij + eps if ``normalized``.
 
     f_q (B, F, N), f_k (B, F, M), values (B, E, M) -> (B, E, N).
     """
-    # Summed over j before it meets the query: nothing here is N x M.
+    # The sum over keys comes first, so that no N x M tensor is formed.
     out = (values @ f_k.mT) @ f_q
     has_const = isinstance(const, Tensor) or const != 0
     if has_const:
@@ -244,16 +241,13 @@ def _attend(f_q: Tensor, f_k: Tensor, const: Tensor | float, values: Tensor, eps
     weight_sum = f_k.sum(-1, keepdim=True).mT @ f_q
     if has_const:
         return out / (weight_sum + (const * f_k.shape[-1] + eps))
-    if torch.compiler.is_exporting() and eps < 1e-6:  # the exporter to ONNX drops the addition of such a small number
+    if torch.compiler.is_exporting() and eps < 1e-6:  # the ONNX exporter drops the addition of so small a number
         return out / weight_sum.clamp_min(eps)
     return out / (weight_sum + eps)
 
 
-# The contraction of the default kernel, with its derivative written out
-
-
 def _is_plain_autograd(*tensors: Tensor) -> bool:
-    """Whether this is eager training: autograd on plain tensors (no fx proxies), neither compiled nor transformed."""
+    """Whether eager autograd runs on plain tensors: no fx proxies, no compiler or exporter, no function transform."""
     return (
         torch.is_grad_enabled()
         and all(type(x) is Tensor for x in tensors)
@@ -263,15 +257,16 @@ def _is_plain_autograd(*tensors: Tensor) -> bool:
 
 
 class _Taylor2Attention(torch.autograd.Function):
-    """`_attend` with the features of `taylor2`, in fewer operations: two thirds of the time, forward and backward.
+    """`_attend` with the features of `taylor2` and a hand-written backward pass.
 
+    Forward and backward together take two thirds of the time of the plain operations.
     With S = Σ_j v_j u(k_j)ᵀ and z = Σ_j u(k_j)ᵀ, O = (S·u(q) + c²·Σ_j v_j) / (z·u(q) + c²·M + eps).
 
     Args:
         q, k, v: (B, D, N), (B, D, M), (B, E, M) of any dtype.
-        c_squared: a scalar tensor.
-        eps: what is added to the sum of weights.
-        saturating: whether fp16 gradients end at fp16's largest number, see `full_precision`.
+        c_squared: c² as a scalar tensor.
+        eps: added to the sum of weights.
+        saturating: whether fp16 gradients saturate at the largest fp16 number, see `full_precision`.
     """
 
     @staticmethod
@@ -287,7 +282,7 @@ class _Taylor2Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, c_squared, u_q, norm_q, u_k, norm_k, sums, u_sum, v_sum, total, out = ctx.saved_tensors
-        if torch.is_grad_enabled():  # a derivative of the derivative is asked for
+        if torch.is_grad_enabled():  # create_graph=True: a second derivative is wanted
             return _Taylor2Attention._differentiable_backward(ctx, grad, q, k, v, c_squared)
         with full_precision(q):
             g = _upcast(grad) / total
@@ -305,7 +300,7 @@ class _Taylor2Attention(torch.autograd.Function):
     def _differentiable_backward(
         ctx: Any, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, c_squared: Tensor
     ) -> tuple[Tensor | None, ...]:
-        """The same gradients as autograd's of the plain operations, which can be differentiated again."""
+        """The same gradients from autograd on the plain operations, so that they can be differentiated again."""
         inputs = [x for x, needed in zip((q, k, v, c_squared), ctx.needs_input_grad, strict=False) if needed]
         upcast = _upcast_saturating if ctx.saturating else _upcast
         with full_precision(q):
@@ -316,6 +311,7 @@ class _Taylor2Attention(torch.autograd.Function):
 
 
 def _through_unit_square(grad: Tensor, x: Tensor, u: Tensor, norm: Tensor) -> Tensor:
-    """The gradient of x for that of u(x), with ∂u_i/∂x_j = 2·x_j/‖x²‖·(δ_ij - u_i·u_j); ``norm`` is ‖x²‖."""
+    """Gradient of x from that of u(x): ∂u_i/∂x_j = 2·x_j/‖x²‖·(δ_ij - u_i·u_j), where ``norm`` is ‖x²‖."""
+    # Where the floor SQUARE_EPS stands in for ‖x²‖, the norm is a constant, which leaves δ_ij alone.
     along_u = (grad * u).sum(-2, keepdim=True) * (norm > SQUARE_EPS)
     return torch.addcmul(grad, u, along_u, value=-1).mul_(x.clamp(-LARGEST, LARGEST)).mul_(2 / norm)

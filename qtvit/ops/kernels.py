@@ -1,13 +1,14 @@
-"""The similarity kernels: softmax, what stands in for it in linear attention, and what others have put in its place.
+"""The similarity kernels: softmax, the quadratic Taylor kernels that approximate it, and the kernels of related work.
 
-A linear kernel writes the weight of a pair of tokens as ``w_ij = <f_q(q_i), f_k(k_j)> + const``: a pair of feature
-maps, plus the product of the constant features that some append to them (the ``c`` of ``[u(x), c]``, the
+A linear kernel writes the weight of a pair of tokens as ``w_ij = <f_q(q_i), f_k(k_j)> + const``: a pair of kernel
+feature maps, plus the product of the constant features that some kernels append (the ``c`` of ``[u(x), c]``, the
 ``1/sqrt(2)`` of eq. 11). Keeping that product as one number instead of a row of features saves a copy of q and k;
 the weights are the same.
 
-Weights that cannot be negative are divided by their sum (eq. 3), whatever their source does. A sum of weights of both
-signs can vanish, so those of ``cosine``, ``mean`` and ``taylor1`` are divided by the number of keys instead: outputs do
-not grow with the image, and what they may grow with otherwise meets a BatchNorm (or LayerNorm) behind the attention.
+Weights that cannot be negative are divided by their sum (eq. 3), whether or not the kernel's source does so. Weights of
+both signs can sum to zero, so those of ``cosine``, ``mean`` and ``taylor1`` are divided by the number of keys instead:
+outputs then do not grow with the image, and the norm (Batch- or LayerNorm) after the attention takes care of any other
+growth.
 
 Shapes: B batch, D channels per head, N query tokens, M key tokens, F features per head; all channels-first, (B, heads,
 D, N) -> (B, heads, F, N).
@@ -21,26 +22,28 @@ import torch
 from torch import Tensor
 
 EPS = 1e-12
-"""Floor of the norms and of the sums of weights. All of them are computed in fp32, so it is far above underflow."""
+"""Added to sums of weights; `unit` maps tokens with no entry this large to 0. Far above underflow, as all is fp32."""
 
 SQUARE_EPS = 1e-18
 """Floor of ‖x²‖₂: about the square of the smallest x whose fourth power fp32 can hold."""
 LARGEST = 1e9
-"""About the largest x whose fourth power fp32 can hold."""
+"""Entries are clamped to this magnitude: about the largest x whose fourth power fp32 can hold."""
 
 Features = tuple[Tensor, Tensor, Tensor | float]
+"""What a kernel computes from q and k: f_q (B, heads, F, N), f_k (B, heads, F, M) and const."""
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """One row of the registry.
+    """A similarity kernel, one row of `KERNELS`.
 
     Attributes:
         features: ``(q, k, **scalars) -> (f_q, f_k, const)`` with q (B, heads, D, N), k (B, heads, D, M) in fp32 (or
-            fp64). f_q of a query depends on that query alone. None: softmax, which has no finite features.
+            fp64). The f_q of a query depends on that query alone, so a subset of queries can be passed. None: softmax,
+            which has no finite-dimensional features.
         scalars: names and initial values of the learnable scalars that ``features`` takes.
         normalized: whether the weights of a query are divided by their sum.
-        eps: what is added to that sum.
+        eps: added to that sum.
     """
 
     features: Callable[..., Features] | None
@@ -52,34 +55,35 @@ class Kernel:
 def unit_square(x: Tensor) -> Tensor:
     """u(x) = x² / ‖x²‖₂ over D (dim -2), the normalised self terms of the released code.
 
-    Exact where x⁴ stays within fp32, which is from 1e-9 to 1e9. A token of smaller entries has smaller u, down to
-    u(0) = 0; larger entries count as 1e9 (exported graphs save that step).
+    Exact for entries from 1e-9 to 1e9, whose fourth power fp32 can hold. A token of smaller entries has a shorter u,
+    down to u(0) = 0; larger entries are clamped to 1e9 (exported graphs omit the clamp).
     """
     return unit_square_and_norm(x)[0]
 
 
 def unit_square_and_norm(x: Tensor) -> tuple[Tensor, Tensor]:
-    """u(x), and ‖x²‖₂ or `SQUARE_EPS` if that is larger."""
-    if torch.compiler.is_exporting():  # fewer operations, which runtimes do fast
+    """u(x) and its denominator, ‖x²‖₂ but at least `SQUARE_EPS`."""
+    if torch.compiler.is_exporting():  # fewer operations, all of them fast in inference runtimes
         square = x.square()
         norm = torch.linalg.vector_norm(square, dim=-2, keepdim=True).clamp_min(SQUARE_EPS)
     else:
         square = x.clamp(-LARGEST, LARGEST).square()
+        # The floor comes before the root, whose derivative at 0 is infinite.
         norm = square.square().sum(-2, keepdim=True).clamp_min(SQUARE_EPS**2).sqrt()
     return square / norm, norm
 
 
 def taylor2(q: Tensor, k: Tensor, c: Tensor) -> Features:
-    """The compact quadratic Taylor kernel as released: φ(x) = [u(x), c], so w = <u(q), u(k)> + c²."""
+    """The compact quadratic Taylor kernel as released, the default: φ(x) = [u(x), c], so w = <u(q), u(k)> + c²."""
     return unit_square(q), unit_square(k), c.square()
 
 
 def taylor2_paper(q: Tensor, k: Tensor, alpha: Tensor, gamma: Tensor, beta: Tensor | None = None) -> Features:
-    """The compact quadratic Taylor kernel of eq. 11: φ(x) = [α·x², β·(4/d)^¼·x, γ, 1] / √2.
+    """The compact quadratic Taylor kernel of eq. 11: φ(x) = [α·x², β·(4/D)^¼·x, γ, 1] / √2.
 
-    So w = ½·(α²·<q², k²> + β²·(2/√d)·<q, k> + γ² + 1), never negative for β = 0, which is what the paper's
-    experiments use (``beta=None`` leaves those features out), and otherwise while β⁴ <= α²·(γ² + 1). Beyond, nothing
-    here keeps a sum of weights from vanishing.
+    So w = ½·(α²·<q², k²> + β²·(2/√D)·<q, k> + γ² + 1). It is never negative for β = 0, the value in all of the paper's
+    experiments (``beta=None`` leaves the linear features out), and otherwise while β⁴ <= α²·(γ² + 1). For larger β,
+    nothing here prevents a sum of weights from vanishing.
     """
     f_q, f_k = alpha.square() / 2 * q.square(), k.square()
     if beta is not None:
@@ -89,9 +93,9 @@ def taylor2_paper(q: Tensor, k: Tensor, alpha: Tensor, gamma: Tensor, beta: Tens
 
 
 def taylor2_full(q: Tensor, k: Tensor) -> Features:
-    """All features of the second-order expansion, eq. 8, each product once: w = 1 + s + s²/2, s = <q, k>/√d.
+    """The full second-order expansion (eq. 8) with each product once: w = 1 + s + s²/2, s = <q, k>/√D.
 
-    D(D + 1)/2 quadratic features and D linear ones. Never below ½.
+    It has D(D + 1)/2 quadratic features and D linear ones. w is never below ½.
     """
     dim = q.shape[-2]
     rows, cols = torch.triu_indices(dim, dim, device=q.device)
@@ -102,47 +106,49 @@ def taylor2_full(q: Tensor, k: Tensor) -> Features:
 
 
 def taylor1(q: Tensor, k: Tensor) -> Features:
-    """The first-order expansion of ViTALiTy (Dass et al., HPCA 2023): w = (1 + <q, k - mean(k)>/√d) / M.
+    """The first-order expansion of ViTALiTy (Dass et al., HPCA 2023): w = (1 + <q, k - mean(k)>/√D) / M.
 
-    Softmax does not change when all keys move by the same vector. ViTALiTy centres them, so that the weights of a query
-    sum to M whatever the query, and so does this: the division is by M itself, and can not fail. Single weights do turn
-    negative, for tokens that are not short. (With φ(x) = [x/d^¼, 1] of keys as they are, the sum could vanish.)
+    Softmax does not change when the same vector is subtracted from all keys. ViTALiTy subtracts their mean, so that the
+    weights before the division sum to M for every query, and the division by M cannot fail. Single weights can be
+    negative, for tokens that are not short. (With φ(x) = [x/D^¼, 1] and keys that are not centred, the sum could
+    vanish.)
     """
     return q / (q.shape[-2] ** 0.5 * k.shape[-1]), k - k.mean(-1, keepdim=True), 1 / k.shape[-1]
 
 
 def relu(q: Tensor, k: Tensor) -> Features:
-    """EfficientViT's kernel (Cai et al., ICCV 2023): w = <relu(q), relu(k)>. Without any weight, the output is 0.
+    """EfficientViT's kernel (Cai et al., ICCV 2023): w = <relu(q), relu(k)>. If all weights are 0, so is the output.
 
-    Weights shrink with the tokens' squares, so the eps of their sum is EfficientViT's own 1e-15 (timm's port has 1e-5):
-    where tokens are so short that it counts, the weights of a query sum to less than 1.
+    Weights shrink with the square of the tokens' length, so the eps of their sum is EfficientViT's own 1e-15 (timm's
+    port has 1e-5). For tokens so short that eps matters, the weights of a query sum to less than 1.
     """
     return q.relu(), k.relu(), 0.0
 
 
 def elu(q: Tensor, k: Tensor) -> Features:
-    """w = <elu(q) + 1, elu(k) + 1>, Katharopoulos et al., "Transformers are RNNs", ICML 2020."""
+    """w = <elu(q) + 1, elu(k) + 1>, the kernel of "Transformers are RNNs" (Katharopoulos et al., ICML 2020)."""
     return _elu_plus_1(q), _elu_plus_1(k), 0.0
 
 
 def _elu_plus_1(x: Tensor) -> Tensor:
-    return torch.where(x > 0, x + 1, x.clamp(max=0).exp())  # without the cancellation of exp(x) - 1 + 1
+    # Not F.elu(x) + 1, whose exp(x) - 1 + 1 cancels digits. The clamp keeps the gradient of exp finite for large x.
+    return torch.where(x > 0, x + 1, x.clamp(max=0).exp())
 
 
 def cosine(q: Tensor, k: Tensor) -> Features:
     """The cosine of the angle between tokens, w = <q/‖q‖, k/‖k‖> / M: Hydra attention (Bolya et al., ECCVW 2022).
 
     Weights have both signs. Hydra sums them without a division (and has as many heads as channels); here they are
-    divided by the number of keys, so that outputs are never larger than the largest value.
+    divided by the number of keys, so that no output is larger than the largest value.
     """
     return unit(q) / k.shape[-1], unit(k), 0.0
 
 
 def mean(q: Tensor, k: Tensor) -> Features:
-    """Plain products averaged over the keys, φ(x) = x/√M, w = <q, k> / M: PolyNL (Babiloni et al., ICCV 2021).
+    """Dot products divided by the number of keys, w = <q, k> / M, φ(x) = x/√M: PolyNL (Babiloni et al., ICCV 2021).
 
-    Weights have both signs and no bound. As in PolyNL there is no other division: outputs grow with the tokens'
-    squares, and only the norm behind the attention keeps them in range. fp16 results saturate.
+    Weights have both signs and no bound. As in PolyNL, there is no other division: outputs grow with the square of the
+    tokens' length, and only the norm after the attention keeps them in range. fp16 outputs saturate.
     """
     return q / k.shape[-1], k, 0.0
 
@@ -150,18 +156,18 @@ def mean(q: Tensor, k: Tensor) -> Features:
 def aft(q: Tensor, k: Tensor) -> Features:
     """Sigmoid of the query, softmax of the keys over the tokens: w = <σ(q_i), softmax_j(k_j)>.
 
-    AFT-Simple (Zhai et al., "An Attention Free Transformer", 2021) multiplies channel by channel, with as many heads as
-    channels, and does not divide. As in the table of the QT-ViT paper, its two maps are a kernel of linear attention
-    here; the weights are positive, so they are normalised.
+    AFT-Simple (Zhai et al., "An Attention Free Transformer", 2021) multiplies channel by channel, as if it had as many
+    heads as channels, and does not divide. Here, as in Table 2 of the QT-ViT paper, its two functions make a kernel of
+    linear attention; the weights are positive, so they are normalised.
     """
     return q.sigmoid(), k.softmax(-1), 0.0
 
 
 def angular(q: Tensor, k: Tensor) -> Features:
-    """The linear part of the angle between tokens, w = ½ + <q/‖q‖, k/‖k‖>/π: Castling-ViT (You et al., CVPR 2023).
+    """The linear part of the angular kernel, w = ½ + <q/‖q‖, k/‖k‖>/π: Castling-ViT (You et al., CVPR 2023).
 
-    Between 0.18 and 0.82, so normalised here. Castling-ViT's code adds ½·v_i in place of the average's half and divides
-    each output by its length.
+    Weights lie between 0.18 and 0.82, so they are normalised here. Castling-ViT's code adds ½·v_i instead of half the
+    average of the values, and divides each output by its length.
     """
     return unit(q) / math.pi, unit(k), 0.5
 
@@ -169,26 +175,26 @@ def angular(q: Tensor, k: Tensor) -> Features:
 def focused(q: Tensor, k: Tensor) -> Features:
     """w = <f(q), f(k)>, f(x) = ‖r‖/‖r³‖·r³ with r = relu(x): FLatten Transformer (Han et al., ICCV 2023), p = 3.
 
-    The power turns a token towards its largest entry and leaves its length; so eps counts for short tokens, as with
-    `relu`. (FLatten adds a depthwise convolution of
-    the values, in whose place this network has its shortcut.)
+    The power turns a token towards its largest entry and keeps its length, so eps matters for short tokens, as with
+    `relu`. (FLatten adds a depthwise convolution of the values; this network has its shortcut instead.)
     """
     return _focus(q), _focus(k), 0.0
 
 
 def _focus(x: Tensor) -> Tensor:
     r = x.relu()
+    # The division keeps the cube within fp32; unit() cancels it.
     return torch.linalg.vector_norm(r, dim=-2, keepdim=True) * unit(_divided_by_largest(r) ** 3)
 
 
 def unit(x: Tensor) -> Tensor:
-    """x / ‖x‖₂ over D (dim -2), with 0, and a derivative of 0, for tokens without an entry above `EPS`."""
+    """x / ‖x‖₂ over D (dim -2); tokens with no entry as large as `EPS` give 0 and have a gradient of 0."""
     x = _divided_by_largest(x)
-    return x * x.square().sum(-2, keepdim=True).clamp_min(0.5).rsqrt()  # the sum is 0, or at least 1
+    return x * x.square().sum(-2, keepdim=True).clamp_min(0.5).rsqrt()  # the sum is either 0 or at least 1
 
 
 def _divided_by_largest(x: Tensor) -> Tensor:
-    """x by its largest entry over D, which is a constant for the gradient: for what ignores the length of x."""
+    """x divided by its largest magnitude over D, a constant in the gradient: for use where the length of x cancels."""
     largest = x.detach().abs().amax(-2, keepdim=True)
     return x / largest.masked_fill(largest < EPS, torch.inf)
 
@@ -208,4 +214,4 @@ KERNELS: dict[str, Kernel] = {
     "focused": Kernel(focused, eps=1e-15),
     "softmax": Kernel(None),
 }
-"""Names for the ``kernel`` of models and ops; the first is the default."""
+"""Kernels by name, as for the ``kernel`` argument of models and ops; the first is the default."""

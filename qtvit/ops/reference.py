@@ -1,6 +1,6 @@
-"""The same attention with its N x M weights written out: slow, obvious, and what the fast form is tested against.
+"""The same attention with its N x M weights written out: the slow, obvious form that the fast one is tested against.
 
-Everything here is in the layout (B, heads, N, D) and in the dtype of its input; pass float64 for a reference.
+Everything here has the layout (B, heads, N, D) and computes in the dtype of its input; pass float64 for a reference.
 """
 
 import math
@@ -20,8 +20,9 @@ def exp_taylor2(s: Tensor) -> Tensor:
 
 
 def kronecker_features(x: Tensor) -> Tensor:
-    """φ(x) of eq. 8 with all (D + 1)² products: <φ(q), φ(k)> = exp_taylor2(<q, k>/√D) exactly. (..., D) -> (...,
-    (D+1)²+1).
+    """φ(x) of eq. 8 with all (D + 1)² products, (..., D) -> (..., (D+1)²+1).
+
+    <φ(q), φ(k)> is exactly exp_taylor2(<q, k>/√D).
     """
     extended = torch.cat([x / x.shape[-1] ** 0.25, torch.ones_like(x[..., :1])], -1)
     products = (extended.unsqueeze(-1) * extended.unsqueeze(-2)).flatten(-2)
@@ -29,7 +30,7 @@ def kronecker_features(x: Tensor) -> Tensor:
 
 
 def symmetric_features(x: Tensor) -> Tensor:
-    """`kronecker_features` without the duplicates x_i x_j = x_j x_i: off-diagonal products once, scaled by √2.
+    """`kronecker_features` without the duplicates x_i x_j = x_j x_i: off-diagonal products appear once, scaled by √2.
 
     (..., D) -> (..., (D+1)(D+2)/2 + 1), of which D(D+1)/2 are quadratic in x.
     """
@@ -41,9 +42,10 @@ def symmetric_features(x: Tensor) -> Tensor:
 
 
 def taylor2_weights(q: Tensor, k: Tensor, c: float | Tensor = 1.0) -> Tensor:
-    """w_ij = <q_i²/‖q_i²‖, k_j²/‖k_j²‖> + c², the released form."""
+    """w_ij = <q_i²/‖q_i²‖, k_j²/‖k_j²‖> + c², the form of the released code."""
 
     def unit(x: Tensor) -> Tensor:
+        # As in the release, x is divided by its length first, against overflow and underflow of x⁴; that cancels.
         length = x.norm(dim=-1, keepdim=True)
         square = (x / torch.where(length > 0, length, 1)).square()
         square_length = square.norm(dim=-1, keepdim=True)
@@ -55,7 +57,7 @@ def taylor2_weights(q: Tensor, k: Tensor, c: float | Tensor = 1.0) -> Tensor:
 def taylor2_paper_weights(
     q: Tensor, k: Tensor, alpha: float | Tensor = 1.0, gamma: float | Tensor = 1.0, beta: float | Tensor = 0.0
 ) -> Tensor:
-    """w_ij = <φ(q_i), φ(k_j)> with φ of eq. 11 written out, constant features and all."""
+    """w_ij = <φ(q_i), φ(k_j)> with φ of eq. 11 written out, including its constant features."""
 
     def phi(x: Tensor) -> Tensor:
         one = torch.ones_like(x[..., :1])
@@ -71,7 +73,7 @@ def taylor2_full_weights(q: Tensor, k: Tensor) -> Tensor:
 
 
 def taylor1_weights(q: Tensor, k: Tensor) -> Tensor:
-    """w_ij = (1 + <q_i, k_j - mean of k>/√D) / M."""
+    """w_ij = (1 + <q_i, k_j - mean(k)>/√D) / M."""
     weights = 1 + q @ (k - k.mean(-2, keepdim=True)).mT / q.shape[-1] ** 0.5
     return weights / k.shape[-2]
 
@@ -87,7 +89,7 @@ def elu_weights(q: Tensor, k: Tensor) -> Tensor:
 
 
 def cosines(q: Tensor, k: Tensor) -> Tensor:
-    """<q_i, k_j> / (‖q_i‖·‖k_j‖), 0 for tokens that are 0."""
+    """<q_i, k_j> / (‖q_i‖·‖k_j‖); 0 for zero tokens."""
     lengths = q.norm(dim=-1).unsqueeze(-1) * k.norm(dim=-1).unsqueeze(-2)
     return q @ k.mT / torch.where(lengths > 0, lengths, 1)
 
@@ -110,7 +112,7 @@ def focused_weights(q: Tensor, k: Tensor) -> Tensor:
 
 
 def softmax_weights(q: Tensor, k: Tensor) -> Tensor:
-    """w_ij = exp(<q_i, k_j>/√D), with the largest exponent of a row taken off all of them: that cancels."""
+    """w_ij = exp(<q_i, k_j>/√D - largest exponent of row i); the normalisation cancels what is subtracted."""
     s = q @ k.mT / q.shape[-1] ** 0.5
     return (s - s.amax(-1, keepdim=True)).exp()
 
@@ -135,7 +137,10 @@ REFERENCE_WEIGHTS: dict[str, Callable[..., Tensor]] = {
 def reference_attention(
     q: Tensor, k: Tensor, v: Tensor, kernel: str = "taylor2", eps: float | None = None, **scalars: float | Tensor
 ) -> Tensor:
-    """O_i = Σ_j w_ij v_j / Σ_j w_ij with the N x M weights formed. Shapes as in `qtvit.ops.linear_attention`."""
+    """`qtvit.ops.linear_attention` with the N x M weights formed: the same shapes and the same result.
+
+    O_i = Σ_j w_ij v_j, divided by Σ_j w_ij + eps if the kernel is normalised.
+    """
     weights = REFERENCE_WEIGHTS[kernel](q, k, **scalars)
     if KERNELS[kernel].normalized:
         weights = weights / (weights.sum(-1, keepdim=True) + (KERNELS[kernel].eps if eps is None else eps))
