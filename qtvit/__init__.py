@@ -9,15 +9,17 @@ import importlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import models
+from . import models, moved
 from .version import __version__
 
 if TYPE_CHECKING:
     from . import explain
     from .deploy import Predictor
-    from .training.classify import RunSummary
-    from .training.detect import DetectSummary
-    from .training.segment import SegmentSummary
+    from .tasks.classify.train import RunSummary
+    from .tasks.detect.train import DetectSummary
+    from .tasks.segment.train import SegmentSummary
+
+moved.install()
 
 __all__ = ["__version__", "explain", "load", "models", "train_classifier", "train_detector", "train_segmenter"]
 
@@ -43,41 +45,37 @@ def train_classifier(**options: Any) -> RunSummary | None:
     """``qtvit train classify`` with its options as keyword arguments, those of a group as a dictionary.
 
     ``train_classifier(data="photos", model="qtvit_1", epochs=50, optim={"layer_decay": 0.8})``; see
-    `qtvit.training.classify_config.ClassifyConfig` for all of them, besides ``recipe``. Under ``torchrun``, None for
+    `qtvit.tasks.classify.config.ClassifyConfig` for all of them, besides ``recipe``. Under ``torchrun``, None for
     all processes but the first.
 
     Raises:
         ValueError, FileNotFoundError: as the command's errors.
         KeyboardInterrupt: the user pressed Ctrl-C; the message says how to go on.
     """
-    from .training.classify import run_training
-    from .training.classify_config import ClassifyConfig
-    from .training.options import make_config
-
-    return run_training(make_config(ClassifyConfig, **options))
+    return _train("classify", options)
 
 
 def train_detector(**options: Any) -> DetectSummary | None:
     """``qtvit train detect`` with its options as keyword arguments, as `train_classifier` has them.
 
     ``train_detector(data="photos", checkpoint="runs/qtvit_1-imagenet", min_size=[480, 640])``; see
-    `qtvit.training.detect_config.DetectConfig` for all of them.
+    `qtvit.tasks.detect.config.DetectConfig` for all of them.
     """
-    from .training.detect import run_training
-    from .training.detect_config import DetectConfig
-    from .training.options import make_config
-
-    return run_training(make_config(DetectConfig, **options))
+    return _train("detect", options)
 
 
 def train_segmenter(**options: Any) -> SegmentSummary | None:
     """``qtvit train segment`` with its options as keyword arguments, as `train_classifier` has them.
 
     ``train_segmenter(data="streets", model="qtvit_1", head="light", crop_size="512x1024", loss={"dice": 1.0})``; see
-    `qtvit.training.segment_config.SegmentConfig` for all of them.
+    `qtvit.tasks.segment.config.SegmentConfig` for all of them.
     """
-    from .training.options import make_config
-    from .training.segment import run_training
-    from .training.segment_config import SegmentConfig
+    return _train("segment", options)
 
-    return run_training(make_config(SegmentConfig, **options))
+
+def _train(task: str, options: dict[str, Any]) -> Any:
+    from . import tasks
+    from .training.job import train
+    from .training.options import make_config
+
+    return train(make_config(tasks.get(task).load("config"), **options))

@@ -44,3 +44,8 @@ def result(line: str) -> None:
 def progress(items: Iterable[T], *, total: int | None = None, desc: str | None = None, unit: str = "it") -> Iterable[T]:
     """``items`` with a progress bar that goes when they end; without a terminal there is none."""
     return tqdm(items, total=total, desc=desc, unit=unit, leave=False, disable=True if is_quiet() else None)
+
+
+def shorten(text: str, num_chars: int) -> str:
+    """``text``, cut to ``num_chars`` characters, the last of which then is an ellipsis."""
+    return text if len(text) <= num_chars else text[: num_chars - 1].rstrip() + "…"

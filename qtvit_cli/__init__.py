@@ -8,7 +8,7 @@ import argparse
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from .bench import add_bench
@@ -75,8 +75,13 @@ class _OptionParser(argparse.ArgumentParser):
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options, allow_abbrev=False)
+        self.complete: Callable[[], None] | None = None
+        """Adds what the registry of tasks knows, which takes seconds to import; called before the first parsing."""
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        complete, self.complete = self.complete, None
+        if complete is not None:
+            complete()
         joined: list[str] = []
         for arg in sys.argv[1:] if args is None else args:
             if joined and joined[-1].startswith("--") and re.fullmatch(r"-[\d.]+,.*", arg):

@@ -135,7 +135,7 @@ def bench_latency(args: argparse.Namespace) -> None:
     """``qtvit bench latency``."""
     from qtvit.bench.latency import bench_latency as run
     from qtvit.bench.tables import latency_lines
-    from qtvit.data.transforms import parse_size
+    from qtvit.data.preprocess import parse_size
 
     report = _start(args, "plot_latency")
     result = run(
@@ -200,7 +200,7 @@ def bench_train(args: argparse.Namespace) -> None:
 
     from qtvit.bench.tables import train_lines
     from qtvit.bench.train import bench_training
-    from qtvit.data.transforms import parse_size
+    from qtvit.data.preprocess import parse_size
 
     report = _start(args, "plot_train")
     result = bench_training(
@@ -220,7 +220,7 @@ def bench_loader(args: argparse.Namespace) -> None:
     """``qtvit bench loader``."""
     from qtvit.bench.loader import bench_loader as run
     from qtvit.bench.tables import loader_lines
-    from qtvit.data.transforms import parse_size
+    from qtvit.data.preprocess import parse_size
     from qtvit.training.run import default_workers, set_threads
 
     report = _start(args, "plot_loader")

@@ -4,8 +4,9 @@ import argparse
 import json
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 """What parsers of commands are added to."""
@@ -38,6 +39,49 @@ def pictures(text: str) -> Path:
     if path.is_file():
         raise argparse.ArgumentTypeError(f"{path} is a file; expected a folder, or a file that ends in .png or .jpg")
     return path
+
+
+TYPES: dict[str, Callable[[str], Any]] = {"positive": positive, "new_file": new_file}
+"""Types of options that tasks have, by the names that they use for them."""
+
+
+def add_task_options(parser: argparse.ArgumentParser, which: str) -> None:
+    """Add the options ``which`` ("eval_options", …) of every task, each once, named by the models it is for."""
+    from qtvit import tasks
+
+    added: set[str] = set()
+    for task in tasks.TASKS.values():
+        commands = task.load("commands")
+        for option in getattr(commands, which):
+            if option.flag not in added:
+                settings = dict(option.settings)
+                if isinstance(settings.get("type"), str):
+                    settings["type"] = TYPES[settings["type"]]
+                parser.add_argument(option.flag, default=None, help=f"{commands.noun}: {option.help}", **settings)
+            added.add(option.flag)
+
+
+def take_task_options(
+    args: argparse.Namespace, which: str, task: str, problem: Callable[[str, str], str]
+) -> dict[str, Any]:
+    """The values of a task's options ``which``, with defaults filled in, in ``args`` too.
+
+    Raises:
+        ValueError: an option of another task is given; ``problem`` makes the message of it and that task.
+    """
+    from qtvit import tasks
+
+    own = {option.flag: option for option in getattr(tasks.get(task).load("commands"), which)}
+    for other in tasks.TASKS.values():
+        for option in getattr(other.load("commands"), which):
+            if option.flag not in own and getattr(args, option.name) is not None:
+                raise ValueError(problem(option.flag, other.name))
+    values = {}
+    for option in own.values():
+        given = getattr(args, option.name)
+        values[option.name] = option.default if given is None else given
+        setattr(args, option.name, values[option.name])
+    return values
 
 
 def make_parent(path: Path | None) -> None:

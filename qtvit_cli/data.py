@@ -2,13 +2,11 @@
 
 import argparse
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from .common import Commands, make_parent, new_file, positive, write_json
-
-TASKS = ("classify", "detect", "segment")
-DETECT_PATHS = ("train_annotations", "train_images_dir", "val_annotations", "val_images_dir")
+from .common import Commands, add_task_options, make_parent, new_file, positive, take_task_options, write_json
 
 
 def add_data(commands: Commands) -> None:
@@ -22,7 +20,7 @@ def add_data(commands: Commands) -> None:
     pack.add_argument("out", type=Path, help="folder to create")
     pack.add_argument("--shard-size", type=positive, default=256, metavar="MB", help="of each tar file (default: 256)")
     pack.set_defaults(command=pack_data)
-    check = what.add_parser(
+    check: Any = what.add_parser(
         "check",
         help="read every image, and list what is broken, doubled, mislabelled or too small",
         description="Reads every image of a data set, and reports all that is wrong at once. For classification, of a "
@@ -33,21 +31,18 @@ def add_data(commands: Commands) -> None:
         "0 if there are none, 2 if nothing could be checked.",
     )
     check.add_argument("folder", help="folder of data, as for training; for classify also what `qtvit data pack` made")
-    check.add_argument("--task", choices=TASKS, default=TASKS[0], help="what the data are for (default: classify)")
+    check.add_argument("--task", default="classify", help="classify, detect or segment (classify)")
     check.add_argument("--num-workers", type=positive, default=8, help="threads that read images (default: 8)")
-    check.add_argument("--min-side", type=positive, metavar="PX", help="classify: report smaller images (default: 32)")
-    for split in ("train", "val"):
-        check.add_argument(f"--{split}-annotations", metavar="FILE", help=f"detect: annotation file of {split}")
-        check.add_argument(f"--{split}-images-dir", metavar="DIR", help="detect: folder that its file names are in")
-    check.add_argument("--classes", metavar="FILE", help="segment: file of class names and colours, as for training")
-    check.add_argument("--ignore-index", type=int, metavar="N", help="segment: as for training (default: 255)")
     check.add_argument("--json", type=new_file, metavar="FILE", help="also write the whole report to FILE")
+    check.complete = partial(add_task_options, check, "check_options")
     check.set_defaults(command=check_data)
     scenes = what.add_parser(
         "scenes", help="draw sample data for detection or segmentation: handwritten digits among clutter"
     )
     scenes.add_argument("folder", type=Path, help="folder to create; one with the same scenes is left as it is")
-    scenes.add_argument("--task", choices=TASKS[1:], default="detect", help="boxes and masks, or masks (detect)")
+    scenes.add_argument(
+        "--task", choices=("detect", "segment"), default="detect", help="boxes and masks, or masks (detect)"
+    )
     scenes.add_argument("--num-train", type=positive, default=1000, metavar="N", help="scenes to train on (1000)")
     scenes.add_argument("--num-val", type=positive, default=200, metavar="N", help="held-out scenes (200)")
     scenes.add_argument("--seed", type=int, default=0, help="of the scenes (default: 0)")
@@ -56,7 +51,7 @@ def add_data(commands: Commands) -> None:
 
 def pack_data(args: argparse.Namespace) -> None:
     """``qtvit data pack``."""
-    from qtvit.data import pack_folder
+    from qtvit.tasks.classify.pack import pack_folder
 
     index = pack_folder(args.folder, args.out, args.shard_size * 1_000_000)
     shards = [shard for split in index.splits.values() for shard in split.shards]
@@ -70,10 +65,14 @@ def pack_data(args: argparse.Namespace) -> None:
 
 def check_data(args: argparse.Namespace) -> int:
     """``qtvit data check``; 1 if there are problems."""
-    from qtvit import console
+    from qtvit import console, tasks
 
     make_parent(args.json)
-    report = _run_check(args)
+    check = tasks.get(args.task).load("check")
+    options = take_task_options(
+        args, "check_options", args.task, lambda flag, owner: f"{flag} is for --task {owner}, not {args.task}"
+    )
+    report = check(args.folder, num_threads=args.num_workers, **options)
     for line in report.lines():
         console.result(line)
     if args.json:
@@ -81,33 +80,9 @@ def check_data(args: argparse.Namespace) -> int:
     return int(report.num_problems > 0)
 
 
-def _run_check(args: argparse.Namespace) -> Any:
-    """The report of the task's check; ValueError for an option that is another's."""
-    paths = {name: getattr(args, name) for name in DETECT_PATHS}
-    meaning = {"classes": args.classes, "ignore_index": args.ignore_index}
-    for task, options in (("classify", {"min_side": args.min_side}), ("detect", paths), ("segment", meaning)):
-        if task != args.task and (given := [name for name, value in options.items() if value is not None]):
-            raise ValueError(f"--{given[0].replace('_', '-')} is for --task {task}, not {args.task}")
-    if args.task == "detect":
-        from qtvit.data import check_detection_data
-
-        return check_detection_data(args.folder, num_threads=args.num_workers, **paths)
-    if args.task == "segment":
-        from qtvit.data.check_segmentation import check_segmentation_data
-
-        ignored = 255 if args.ignore_index is None else args.ignore_index
-        return check_segmentation_data(
-            args.folder, classes=args.classes, ignore_index=ignored, num_threads=args.num_workers
-        )
-    from qtvit.data import check_data as check_classes
-
-    min_side = 32 if args.min_side is None else args.min_side
-    return check_classes(args.folder, num_threads=args.num_workers, min_side=min_side)
-
-
 def draw_scenes(args: argparse.Namespace) -> None:
     """``qtvit data scenes``."""
-    from qtvit.data import write_scenes
+    from qtvit.tasks.scenes import write_scenes
 
     write_scenes(args.folder, args.task, args.num_train, args.num_val, args.seed)
     print(f"{args.num_train:,} train and {args.num_val:,} val scenes for --task {args.task}: {args.folder}")

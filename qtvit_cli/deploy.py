@@ -85,7 +85,7 @@ def _add_doctor(commands: Commands) -> None:
 def export(args: argparse.Namespace) -> None:
     """``qtvit export``."""
     from qtvit import console
-    from qtvit.data.transforms import parse_size
+    from qtvit.data.preprocess import parse_size
     from qtvit.deploy.export import export_model
 
     done = export_model(
@@ -109,15 +109,15 @@ def export(args: argparse.Namespace) -> None:
 def doctor(args: argparse.Namespace) -> int:
     """``qtvit doctor``; 1 if the model as it is gives infinite outputs or NaN."""
     from qtvit import console
-    from qtvit.data.transforms import parse_size
-    from qtvit.deploy.doctor import examine
-    from qtvit.deploy.doctor.text import lines
+    from qtvit.data.preprocess import parse_size
+    from qtvit.doctor import examine
+    from qtvit.doctor.text import lines
 
     img_size = parse_size(args.img_size) if args.img_size else None
     make_parent(args.json)
     make_parent(args.plot)
     if args.plot:
-        from qtvit.deploy.doctor.draw import draw  # before the work, in case matplotlib is missing
+        from qtvit.doctor.draw import draw  # before the work, in case matplotlib is missing
     report = examine(
         args.run,
         args.data,

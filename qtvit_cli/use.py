@@ -1,13 +1,25 @@
-"""Using trained models: ``qtvit eval``, ``predict`` and ``explain``; what differs by task is in `tasks`."""
+"""Using trained models: ``qtvit eval``, ``predict`` and ``explain``; what differs by task comes from `qtvit.tasks`."""
 
 import argparse
 import os
-from collections.abc import Container, Sequence
+from collections.abc import Callable, Container, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .common import RUN, SHEET_SUFFIXES, Commands, make_parent, new_file, pictures, positive, run_name, write_json
-from .tasks import TASKS, add_views, apply_options, score_from_0_to_1
+from .common import (
+    RUN,
+    SHEET_SUFFIXES,
+    Commands,
+    add_task_options,
+    make_parent,
+    new_file,
+    pictures,
+    positive,
+    run_name,
+    take_task_options,
+    write_json,
+)
 
 if TYPE_CHECKING:
     from qtvit.explain import View
@@ -49,7 +61,7 @@ def add_use(commands: Commands) -> None:
 
 
 def _add_eval(commands: Commands) -> None:
-    evaluation = commands.add_parser("eval", help="score a trained model on labelled images")
+    evaluation: Any = commands.add_parser("eval", help="score a trained model on labelled images")
     evaluation.add_argument("run", help=f"{RUN}, or an exported file")
     evaluation.add_argument(
         "--data",
@@ -57,7 +69,6 @@ def _add_eval(commands: Commands) -> None:
         help="folder of CLASS/*.jpg, folder with val/CLASS/*.jpg, or digits; for a detector, folder in COCO's layout; "
         "for a segmenter, folder of images and masks",
     )
-    evaluation.add_argument("--batch-size", type=positive, help="classifier: images at a time (default: 64)")
     evaluation.add_argument(
         "--threads", type=positive, help="CPU threads of the network (default: the cores that loading leaves)"
     )
@@ -69,36 +80,19 @@ def _add_eval(commands: Commands) -> None:
         "--output", help="folder to create for the report (default: runs/eval-RUN-DATA, numbered when taken)"
     )
     evaluation.add_argument("--json", type=new_file, metavar="FILE", help="also write all scores to FILE")
-    evaluation.add_argument(
-        "--on-bad-image", choices=("stop", "skip"), help="classifier: what to do about unreadable files (stop)"
-    )
-    evaluation.add_argument("--val-annotations", metavar="FILE", help="detector: annotation file, if it is elsewhere")
-    evaluation.add_argument("--val-images-dir", metavar="DIR", help="detector: folder that its file names are in")
-    evaluation.add_argument("--mask-classes", metavar="FILE", help="segmenter: file of class names and colours")
-    evaluation.add_argument(
-        "--save-masks", type=Path, metavar="DIR", help="segmenter: write what it predicts as index masks, PNGs"
-    )
-    add_views(evaluation)
+    evaluation.complete = partial(add_task_options, evaluation, "eval_options")
     evaluation.set_defaults(command=evaluate)
 
 
 def _add_predict(commands: Commands) -> None:
-    prediction = commands.add_parser("predict", help="label images, their objects or their pixels with a trained model")
+    prediction: Any = commands.add_parser(
+        "predict", help="label images, their objects or their pixels with a trained model"
+    )
     prediction.add_argument("run", help=f"{RUN}, or an exported file")
     prediction.add_argument("images", nargs="+", help="image files, or folders of them")
-    prediction.add_argument("--top-k", type=positive, help="classifier: classes to show per image (default: 5)")
-    prediction.add_argument("--batch-size", type=positive, help="classifier: images at a time (default: 32)")
-    prediction.add_argument(
-        "--score-threshold",
-        type=score_from_0_to_1,
-        metavar="SCORE",
-        help="detector: leave out what is less certain, 0 to 1 (default: 0.5)",
-    )
-    prediction.add_argument("--classes", metavar="A,B,…", help="detector: look for these alone")
     prediction.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     prediction.add_argument("--threads", type=positive, help="CPU threads of the network (default: one per core)")
     prediction.add_argument("--json", type=new_file, metavar="FILE", help="also write the predictions to FILE")
-    prediction.add_argument("--csv", type=new_file, metavar="FILE", help="classifier: a table of image, rank, label, …")
     prediction.add_argument(
         "--save",
         type=pictures,
@@ -108,36 +102,51 @@ def _add_predict(commands: Commands) -> None:
     prediction.add_argument(
         "--on-bad-image", choices=("stop", "skip"), default="stop", help="what to do about unreadable files (stop)"
     )
-    add_views(prediction)
+    prediction.complete = partial(add_task_options, prediction, "predict_options")
     prediction.set_defaults(command=predict)
 
 
 def evaluate(args: argparse.Namespace) -> None:
     """``qtvit eval``."""
+    from qtvit import console, tasks
     from qtvit.data import DIGITS
     from qtvit.deploy import Predictor
-    from qtvit.training.run import default_workers, set_threads
+    from qtvit.training.run import clean_up, create_run_folder, default_workers, set_threads
 
     make_parent(args.json)
     args.num_workers = default_workers(args.data == DIGITS) if args.num_workers is None else args.num_workers
     set_threads(args.threads, args.num_workers)
     predictor: Any = Predictor.load(args.run, args.device)
-    task = TASKS[predictor.task]
-    apply_options(args, predictor.task, "eval_options")
-    task.evaluate(args, predictor, f"eval-{run_name(args.run)}-{Path(args.data).resolve().name}")
+    commands = tasks.get(predictor.task).load("commands")()
+    take_task_options(args, "eval_options", predictor.task, _foreign_option(args.run, predictor.task))
+    score = commands.evaluate(args, predictor)
+    folder = create_run_folder(args.output, f"eval-{run_name(args.run)}-{Path(args.data).resolve().name}")
+    with clean_up(folder):
+        report = score()
+    print(report.headline)
+    for line in report.remarks:
+        console.say(line)
+    for line in report.lines:
+        console.result(line)
+    report.write(folder)
+    print(f"report: {folder}")
+    for line in report.written:
+        print(line)
+    if args.json:
+        write_json(args.json, report.scores)
 
 
 def predict(args: argparse.Namespace) -> None:
     """``qtvit predict``."""
-    from qtvit import console
+    from qtvit import console, tasks
     from qtvit.data import open_image
     from qtvit.deploy import Predictor
     from qtvit.deploy.annotate import FolderWriter, SheetWriter
     from qtvit.errors import some
 
     predictor: Any = Predictor.load(args.run, args.device, args.threads)
-    task = TASKS[predictor.task]
-    apply_options(args, predictor.task, "predict_options")
+    task = tasks.get(predictor.task).load("commands")()
+    take_task_options(args, "predict_options", predictor.task, _foreign_option(args.run, predictor.task))
     files = _find_files(args.images)
     writer: FolderWriter | SheetWriter | None = None
     if args.save:
@@ -184,6 +193,11 @@ def predict(args: argparse.Namespace) -> None:
         print(f"masks: {some(masks)}")
 
 
+def _foreign_option(run: str, task: str) -> Callable[[str, str], str]:
+    """What to say of an option of another task than that of ``run``."""
+    return lambda flag, owner: f"{flag} is not for a model that was trained to {task}, as {run}"
+
+
 def _find_files(names: Sequence[str]) -> dict[Path, Path]:
     """The images that ``names``, of files or folders, stand for, each with its path in that folder."""
     from qtvit.data import find_images
@@ -208,7 +222,7 @@ def explain(args: argparse.Namespace) -> None:
     """``qtvit explain``."""
     from qtvit import console
     from qtvit.data import open_image
-    from qtvit.data.transforms import parse_size
+    from qtvit.data.preprocess import parse_size
     from qtvit.explain.draw import check_maps, draw_attention, draw_focus
     from qtvit.explain.points import check_points, grid_points, parse_grid, parse_point
     from qtvit.explain.view import look

@@ -17,7 +17,7 @@ from scipy.stats import t as student_t
 from qtvit.files import replacing, write_text
 from qtvit.version import __version__
 
-from .ablation_tables import Table, get_table
+from .tables import Table, get_table
 
 CONFIDENCE = 0.95
 Outcomes = Mapping[str, Mapping[int, Mapping[str, Any]]]

@@ -25,16 +25,16 @@ from qtvit.checkpoints import WEIGHT_SOURCES
 from qtvit.data import DIGITS
 from qtvit.device import processes, resolve_device
 from qtvit.files import open_folder, write_text
+from qtvit.tasks.classify.config import ClassifyConfig
+from qtvit.tasks.classify.train import build_classifier, read_data
+from qtvit.training.config import DEFAULT_MODEL
+from qtvit.training.job import SUMMARY, check_counts, train
+from qtvit.training.options import absolute, parse_config
+from qtvit.training.run import check_device
 
-from .ablation_report import write_results
-from .ablation_tables import Table, get_table
-from .classify import build_classifier, read_data, run_training
-from .classify_config import ClassifyConfig
-from .config import DEFAULT_MODEL
-from .job import SUMMARY
-from .options import absolute, parse_config
-from .run import check_device
+from .report import write_results
 from .table3 import table3_kernels
+from .tables import Table, get_table
 
 FAILED = "failed.json"
 """In a run folder, in the place of a summary: why there is none."""
@@ -142,7 +142,7 @@ def run_ablation(ablation: Ablation) -> list[str]:
         Lines of the table of results.
 
     Raises:
-        FileNotFoundError, ValueError: as `run_training`; the folder is of another ablation, or a file in it is damaged;
+        FileNotFoundError, ValueError: as `train`; the folder is of another ablation, or a file in it is damaged;
             a row cannot be built, or not from the checkpoint.
         KeyboardInterrupt: the user pressed Ctrl-C; the message says how to go on.
     """
@@ -209,7 +209,8 @@ def _check_runs(ablation: Ablation, runs: Sequence[tuple[str, int]]) -> None:
     """
     config = replace(ablation.run_config(*runs[0]), on_bad_image="stop")  # or all images would be read
     check_device(config, resolve_device(config.device))
-    data = read_data(config, {})
+    data = read_data(config)
+    check_counts(config, len(data.train), len(data.val))
     for row in dict.fromkeys(row for row, seed in runs if not _is_used(ablation.run(row, seed))):
         config = ablation.run_config(row, 0)
         has_weights = config.checkpoint is not None or config.model_args.keys() & set(WEIGHT_SOURCES)
@@ -373,7 +374,7 @@ def _train(ablation: Ablation, row: str, seed: int) -> None:
     elif run.is_dir():
         shutil.rmtree(run)
     try:
-        run_training(config)
+        train(config)
     except (FloatingPointError, RuntimeError, MemoryError) as error:
         reason = " ".join(str(error).split())
         if not isinstance(error, FloatingPointError):  # which is ours, and says all

@@ -14,9 +14,10 @@ from timm.data import create_dataset, create_loader
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from qtvit.data import ImageDataset, TrainTransform, load_labelled_images
 from qtvit.data.sampling import EpochBatches, SeededDataset
 from qtvit.device import resolve_device
+from qtvit.tasks.classify.data import ImageDataset, load_labelled_images
+from qtvit.tasks.classify.transforms import TrainTransform
 
 from .measure import check_counts, environment, in_turns, paired_ratio
 

@@ -13,8 +13,9 @@ from safetensors.torch import save_file
 from timm.data import ImageNetInfo, resolve_model_data_config
 from torch import Tensor, nn
 
+from qtvit import tasks
 from qtvit.files import replacing
-from qtvit.models import ARCHITECTURES, SHIPPED_WEIGHTS, QTViT, build_model, build_task_model
+from qtvit.models import ARCHITECTURES, SHIPPED_WEIGHTS, QTViT, build_model
 from qtvit.models.foreign import kernel_mismatch, rename_keys, take_over
 from qtvit.version import __version__
 
@@ -42,7 +43,8 @@ class ModelInfo:
         classes: names in the order of the outputs.
         preprocess: fields of ``qtvit.data.Preprocess``.
         metrics: scores on the held-out images.
-        split: how images were held out from training, see `qtvit.data.LabelledImages`; empty if they came apart.
+        split: how images were held out from training, see `LabelledImages` of the task "classify"; empty
+            if they came apart.
         task: "classify", "detect" or "segment".
         task_args: what the task's network was built with besides: its heads, the ids of its categories.
         source: the file that converted weights came from, and whose they were; empty if they were trained here.
@@ -131,7 +133,7 @@ def load_model(
     elif is_ours and kernel not in (None, trained):
         raise ValueError(f"{path}: its {info.model} was trained with kernel {trained}, not {kernel}")
     info = dataclasses.replace(info, model_args={**known_args, **model_args})
-    model: Any = build_task_model(info.task, info.model, info.model_args, info.task_args)
+    model: Any = tasks.get(info.task).load("build")(info.model, info.model_args, info.task_args)
     if swap_kernel:
         state_dict = take_over(state_dict, model.state_dict(), model.kernel)
     elif isinstance(model, QTViT) and (mismatch := kernel_mismatch(state_dict, model.kernel)):

@@ -14,14 +14,7 @@ from torch import Tensor
 
 from qtvit.errors import some
 from qtvit.models import ARCHITECTURES, QTViT, build_model
-from qtvit.models.foreign import (
-    TIMM_ATTN_EPS,
-    kernel_mismatch,
-    kernel_scalars,
-    kernels_with,
-    rename_keys,
-    source_of,
-)
+from qtvit.models.foreign import TIMM_ATTN_EPS, kernel_mismatch, kernel_scalars, kernels_with, rename_keys, source_of
 from qtvit.ops import KERNELS, get_kernel
 
 TORCH_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".tar")

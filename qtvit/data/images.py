@@ -4,16 +4,23 @@ import io
 import os
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
 from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from qtvit import console
+
 from .shards import PackedImage
+
+S = TypeVar("S")
+T = TypeVar("T")
 
 IMAGE_SUFFIXES = (*IMG_EXTENSIONS, ".gif", ".avif", ".jfif", ".jp2")
 """What counts as an image file in a folder."""
@@ -254,3 +261,13 @@ def _from_array(array: np.ndarray | Tensor) -> Image.Image:
         raise ValueError(f"an image of dtype {array.dtype}; expected uint8, uint16, or floats from 0 to 1")
     values = np.ascontiguousarray(values, dtype=np.uint8)
     return Image.fromarray(values[..., 0] if values.shape[-1] == 1 else values)
+
+
+def for_each_image(function: Callable[[S], T], sources: Sequence[S], num_threads: int) -> Iterator[T]:
+    """What ``function`` says of each image, in order, with a progress bar.
+
+    Threads are enough, as PIL decodes without Python's lock. Each holds one image at a time.
+    """
+    with ThreadPool(num_threads) as pool:
+        results = pool.imap(function, sources, chunksize=16)
+        yield from console.progress(results, total=len(sources), desc="Checking images", unit="image")

@@ -149,7 +149,7 @@ def member_name(key: int, path: str) -> str:
 
 
 def is_packed(root: Path) -> bool:
-    """Whether ``root`` is a folder that `qtvit.data.pack_folder` has written."""
+    """Whether ``root`` is a folder that `qtvit.tasks.classify.pack.pack_folder` has written."""
     return (root / INDEX).is_file()
 
 

@@ -1,18 +1,17 @@
 """Using a trained model."""
 
-from .detections import Detections, DetectPredictor
+from typing import Any
+
+from qtvit import moved
+
 from .fuse import fuse
-from .predictor import ClassPredictor, Prediction, Predictor
-from .segment import Segmentation, SegmentPredictor, Views
+from .predictor import Predictor
 
 __all__ = [
-    "ClassPredictor",
-    "DetectPredictor",
-    "Detections",
-    "Prediction",
     "Predictor",
-    "SegmentPredictor",
-    "Segmentation",
-    "Views",
     "fuse",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    return moved.find(__name__, name)

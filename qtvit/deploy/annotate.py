@@ -8,6 +8,8 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
+from qtvit.console import shorten
+
 QUALITY = 92
 """Of JPEG files."""
 PER_SHEET = 60
@@ -137,11 +139,6 @@ class FolderWriter:
 
     def close(self) -> None:
         pass
-
-
-def shorten(text: str, num_chars: int) -> str:
-    """``text``, cut to ``num_chars`` characters, the last of which then is an ellipsis."""
-    return text if len(text) <= num_chars else text[: num_chars - 1].rstrip() + "…"
 
 
 def _fit(text: str, width: int, size: int) -> str:

@@ -5,35 +5,33 @@ import importlib.util
 import os
 import random
 import tempfile
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import timm
 import torch
 from torch import nn
 
+from qtvit import tasks
 from qtvit.checkpoints import BEST, ModelInfo, find_model_file, load_model
 from qtvit.console import say
-from qtvit.data import ImageSource, Preprocess, load_held_out, load_segmentation_data, open_image
+from qtvit.data import ImageSource, Preprocess, open_image
+from qtvit.data.folders import all_images
 from qtvit.errors import unknown_name
 from qtvit.files import open_folder
 from qtvit.models import build_model
 from qtvit.models.build import check_img_size
 
 from .artifact import FORMATS, PRECISIONS, Artifact
-from .check import MAX_DROP, Gain, Report, check, synthetic_images, time_in_turns
-from .detections import DetectPredictor
-from .detector import DetectorReport, check_detector, write_detector
 from .formats import REQUIRED, write
 from .fuse import fuse
-from .held_out import all_images, held_out_samples
-from .predictor import ClassPredictor
+from .parity import MAX_DROP, Gain, check, synthetic_images, time_in_turns
+from .predictor import Predictor
 from .quantize import write_int8
-from .runtimes import open_exported
-from .segment import SegmentPredictor, Views, mask_classes
-from .segment_evaluate import evaluate
+from .runtimes import Exported, open_exported
 
 RANDOM = "random weights, for timing"
 """The source of a model without trained weights."""
@@ -41,13 +39,8 @@ NUM_SYNTHETIC = 32
 """Images made for the check when there are no others."""
 NUM_IMAGES = 300
 """Images that are chosen of the calibration folder, and of labelled data, if there are more."""
-NUM_DENSE, NUM_MASKS = 8, 100
-"""For a segmenter, images whose pixels are compared, and images with masks for its mIoU."""
-
-_PREDICTORS: dict[str, type[ClassPredictor | SegmentPredictor]] = {
-    "classify": ClassPredictor,
-    "segment": SegmentPredictor,
-}
+NUM_DENSE = 8
+"""Images for a network whose outputs are dense, where each takes longer."""
 
 
 @dataclass(frozen=True)
@@ -57,13 +50,13 @@ class Export:
     Attributes:
         files: the file to load, and for OpenVINO the .bin beside it.
         artifact: its description.
-        report: what the check found.
+        report: what the check found: `Report`, or another with its ``lines()`` and ``problem()``.
         images: in words, what it was checked on.
     """
 
     files: list[Path]
     artifact: Artifact
-    report: Report | DetectorReport
+    report: Any
     images: str
 
 
@@ -111,66 +104,120 @@ def export_model(
     for package in REQUIRED[format] + (("nncf",) if (format, precision) == ("openvino", "int8") else ()):
         if importlib.util.find_spec(package) is None:
             raise ModuleNotFoundError(f"{package} is not installed; pip install 'qtvit[deploy]'", name=package)
-    network, info = _random_model(str(source)) if is_random else _trained_model(source)
-    calibration_images = None if calibration is None else _calibration_images(calibration)
-    if info.task == "detect":
-        _check_for_detector(format, precision, img_size, dynamic)
-        return _export_detector(network, info, out, _detector_images(info, data, calibration_images))
-    size = img_size or tuple(info.preprocess["size"])
-    check_img_size(network, size, "--img-size")
-    info = dataclasses.replace(info, preprocess={**info.preprocess, "size": list(size)})
-    predictor = _PREDICTORS[info.task](network, info, "cpu")
-    artifact = Artifact(info, format, precision, axes)
-    images, labels, which = _check_images(artifact, data, calibration_images)
+    network, info = _random_model(str(source)) if is_random else load_model(source)
+    images = None if calibration is None else _calibration_images(calibration)
+    request = Request(format, precision, img_size, axes, dynamic is not None, images, data, max_drop, out)
+    exporter: Exporter = tasks.get(info.task).load("exporter")(network, info, request)
+    return exporter.export()
 
-    fused = fuse(network, None if "hw" in axes else artifact.img_size)
-    with tempfile.TemporaryDirectory(prefix=".export-", dir=out.parent) as folder:
-        file = Path(folder, "new", out.name)
-        file.parent.mkdir()
-        others: dict[str, Path] = {}
-        if calibration_images is not None and precision == "int8":
-            for other in ("fp32", "bf16") if "bf16" in PRECISIONS[format] else ("fp32",):
-                others[other] = Path(folder, other, out.name)
-                others[other].parent.mkdir()
-                write(fused, dataclasses.replace(artifact, precision=other), others[other])
-            labelled = (images, labels) if labels else None
-            write_int8(others["fp32"], file, artifact, network, calibration_images, labelled, max_drop)
-        else:
-            write(fused, artifact, file)
-        exported = open_exported(file, "cpu")
-        report = check(predictor.runtime, exported, artifact, images, labels, max_drop)
-        if data is not None and isinstance(predictor, SegmentPredictor):
-            scores = _mean_ious([predictor, SegmentPredictor(exported, info)], data, "hw" not in axes)
-            report = dataclasses.replace(report, accuracy=scores, score="mIoU")
-        if others:
-            report = dataclasses.replace(report, gain=_gain({precision: file, **others}))
-        exported.close()
-        if problem := report.problem():
-            remedy = ""
-            if (format, precision) == ("onnx", "int8") and labels:
-                remedy = "; --format openvino keeps layers in fp32 until it loses no more than --max-drop"
-            raise ValueError(
-                f"not exported: the {precision} file for {_runtime_name(format)} failed its check: {problem}{remedy}"
+
+@dataclass(frozen=True)
+class Request:
+    """What is to be exported how; the fields that are not described here are arguments of `export_model`.
+
+    Attributes:
+        axes: the dynamic ones, in order.
+        axes_given: whether they were asked for, and are not the default.
+        calibration: images of the folder.
+    """
+
+    format: str
+    precision: str
+    img_size: tuple[int, int] | None
+    axes: tuple[str, ...]
+    axes_given: bool
+    calibration: list[ImageSource] | None
+    data: str | None
+    max_drop: float
+    out: Path
+
+
+class Exporter(ABC):
+    """The export of a network from pixels (B, 3, H, W) to logits; a task says what to check the file on.
+
+    Attributes:
+        network: in evaluation mode.
+        info: its description.
+        request: what is asked for.
+    """
+
+    dense: ClassVar[bool] = False
+    """Whether the network scores every pixel."""
+
+    def __init__(self, network: nn.Module, info: ModelInfo, request: Request) -> None:
+        self.network = network
+        self.info = info
+        self.request = request
+
+    @abstractmethod
+    def check_images(self, artifact: Artifact) -> tuple[list[ImageSource], list[int] | None, str]:
+        """Images to check the file on, their labels if they have such, and in words what they are."""
+
+    @property
+    def preprocess(self) -> Preprocess:
+        """How images are made to fit the graph: as in evaluation."""
+        return Preprocess(**self.info.preprocess)
+
+    def score(self, predictor: Predictor[Any], exported: Exported) -> tuple[str, tuple[float, float]] | None:
+        """What is measured on ``request.data`` besides, if anything: its name, and the network's and the file's score,
+        in points.
+        """
+        return None
+
+    def export(self) -> Export:
+        """Write the file, check it, and move it to where it is asked for; errors as `export_model`."""
+        request, network = self.request, self.network
+        size = request.img_size or tuple(self.info.preprocess["size"])
+        check_img_size(network, size, "--img-size")
+        self.info = info = dataclasses.replace(self.info, preprocess={**self.info.preprocess, "size": list(size)})
+        predictor = tasks.get(info.task).load("predictor")(network, info, "cpu")
+        artifact = Artifact(info, request.format, request.precision, request.axes)
+        images, labels, which = self.check_images(artifact)
+
+        fused = fuse(network, None if "hw" in request.axes else artifact.img_size)
+        with tempfile.TemporaryDirectory(prefix=".export-", dir=request.out.parent) as folder:
+            file = Path(folder, "new", request.out.name)
+            file.parent.mkdir()
+            others: dict[str, Path] = {}
+            if request.calibration is not None and request.precision == "int8":
+                for other in ("fp32", "bf16") if "bf16" in PRECISIONS[request.format] else ("fp32",):
+                    others[other] = Path(folder, other, request.out.name)
+                    others[other].parent.mkdir()
+                    write(fused, dataclasses.replace(artifact, precision=other), others[other])
+                labelled = (images, labels) if labels else None
+                write_int8(
+                    others["fp32"],
+                    file,
+                    artifact,
+                    network,
+                    request.calibration,
+                    self.preprocess,
+                    labelled,
+                    request.max_drop,
+                )
+            else:
+                write(fused, artifact, file)
+            exported = open_exported(file, "cpu")
+            report = check(
+                predictor.runtime, exported, artifact, images, labels, request.max_drop, self.preprocess, self.dense
             )
-        written = sorted(file.parent.iterdir(), key=lambda path: path.suffix == out.suffix)  # the one to load last
-        for path in written:
-            os.replace(path, out.with_name(path.name))
-    return Export([out.with_name(path.name) for path in reversed(written)], artifact, report, which)
-
-
-def _export_detector(detector: Any, info: ModelInfo, out: Path, images: tuple[list[ImageSource], str]) -> Export:
-    """`export_model` for a detector."""
-    artifact = Artifact(info, "onnx", "fp32", ("hw",))
-    with tempfile.TemporaryDirectory(prefix=".export-", dir=out.parent) as folder:
-        file = Path(folder, out.name)
-        write_detector(detector, artifact, file)
-        exported = open_exported(file, "cpu")
-        report = check_detector(DetectPredictor(detector, info, "cpu").runtime, exported, images[0])
-        exported.close()
-        if problem := report.problem():
-            raise ValueError(f"not exported: the file for ONNX Runtime failed its check: {problem}")
-        os.replace(file, out)
-    return Export([out], artifact, report, images[1])
+            if request.data is not None and (scored := self.score(predictor, exported)):
+                report = dataclasses.replace(report, score=scored[0], accuracy=scored[1])
+            if others:
+                report = dataclasses.replace(report, gain=_gain({request.precision: file, **others}))
+            exported.close()
+            if problem := report.problem():
+                remedy = ""
+                if (request.format, request.precision) == ("onnx", "int8") and labels:
+                    remedy = "; --format openvino keeps layers in fp32 until it loses no more than --max-drop"
+                raise ValueError(
+                    f"not exported: the {request.precision} file for {_runtime_name(request.format)} failed its check: "
+                    f"{problem}{remedy}"
+                )
+            written = sorted(file.parent.iterdir(), key=lambda path: path.suffix == file.suffix)  # the one to load last
+            for path in written:
+                os.replace(path, request.out.with_name(path.name))
+        return Export([request.out.with_name(path.name) for path in reversed(written)], artifact, report, which)
 
 
 def _gain(files: dict[str, Path]) -> Gain:
@@ -223,22 +270,6 @@ def _check_settings(
     return tuple(name for name in ("batch", "hw") if name in dynamic)
 
 
-def _check_for_detector(
-    format: str, precision: str, img_size: tuple[int, int] | None, dynamic: Sequence[str] | None
-) -> None:
-    """ValueError for settings that a detector's file does not have."""
-    if (format, precision) != ("onnx", "fp32"):
-        raise ValueError(f"a detector is exported with --format onnx --precision fp32, not {format} and {precision}")
-    if img_size is not None:
-        raise ValueError(
-            "--img-size: the file of a detector takes images of any size and resizes them itself, as in training"
-        )
-    if dynamic is not None and list(dynamic) != ["hw"]:
-        raise ValueError(
-            f"--dynamic {','.join(dynamic) or 'none'}: the file of a detector takes one image of any size, which is hw"
-        )
-
-
 def _check_out(out: Path, format: str, force: bool) -> Path:
     """``out``, if a file of this format can be written there."""
     if out.suffix != FORMATS[format]:
@@ -286,74 +317,13 @@ def _random_model(name: str) -> tuple[nn.Module, ModelInfo]:
     return model.eval(), info
 
 
-def _trained_model(source: str | Path) -> tuple[nn.Module, ModelInfo]:
-    """The network of a run, ready to be exported."""
-    network: Any
-    network, info = load_model(source)
-    if info.task == "segment":
-        network.aux = None  # for training alone
-        info = dataclasses.replace(info, task_args={**info.task_args, "aux": False})
-    return network, info
-
-
-def _mean_ious(predictors: Sequence[SegmentPredictor], data: str, window: bool) -> tuple[float, float]:
-    """mIoU in percent of the network and of the file, both in windows if the file has to."""
-    loaded = load_segmentation_data(data, ignore_index=predictors[0].mask_classes.ignore_index)
-    samples = [loaded.val[i] for i in _chosen(len(loaded.val), NUM_MASKS)]
-    views = Views(window=True if window else None)
-    network, file = (
-        evaluate(predictor, samples, loaded.mask_classes, views).scores.mean_iou() for predictor in predictors
-    )
-    return network, file
-
-
 def _calibration_images(folder: str | Path) -> list[ImageSource]:
     """`NUM_IMAGES` of the images of ``folder``, always the same."""
     found = all_images(str(folder))
-    return [found[i] for i in _chosen(len(found))]
+    return [found[i] for i in chosen(len(found))]
 
 
-def _check_images(
-    artifact: Artifact, data: str | None, calibration: list[ImageSource] | None
-) -> tuple[list[ImageSource], list[int] | None, str]:
-    """Images to check the file on, their labels if they have such, and in words what they are."""
-    if artifact.info.task == "segment" and data is not None:
-        val = load_segmentation_data(data, ignore_index=mask_classes(artifact.info).ignore_index).val
-        dense: list[ImageSource] = [val[i].image for i in _chosen(len(val), NUM_DENSE)]
-        return dense, None, f"{len(dense)} images of val in {data}"
-    if artifact.info.task == "segment":
-        some_images = calibration or synthetic_images(NUM_DENSE, artifact.img_size)
-        kind = "calibration" if calibration else "synthetic"
-        return some_images[:NUM_DENSE], None, f"{len(some_images[:NUM_DENSE])} {kind} images"
-    if data is not None:
-        samples, which = held_out_samples(data, artifact.info)
-        chosen = [samples[i] for i in _chosen(len(samples))]
-        part = f"{len(chosen)} images drawn from " if len(chosen) < len(samples) else ""
-        return [image for image, _ in chosen], [label for _, label in chosen], f"{part}{which}"
-    if calibration is not None:
-        return calibration, None, f"{len(calibration)} calibration images"
-    images = synthetic_images(NUM_SYNTHETIC, artifact.img_size)
-    return images, None, f"{len(images)} synthetic images (--data or --calibration gives real ones)"
-
-
-def _detector_images(
-    info: ModelInfo, data: str | None, calibration: list[ImageSource] | None
-) -> tuple[list[ImageSource], str]:
-    """Images to check a detector's file on, and in words what they are."""
-    if data is not None:
-        names = dict(zip(info.task_args["category_ids"], info.classes, strict=True))
-        val = load_held_out(data, names, use_masks=False)
-        images: list[ImageSource] = [val[i].image for i in _chosen(len(val), NUM_DENSE)]
-        which = f"images of val in {data}"
-    elif calibration is not None:
-        images, which = calibration[:NUM_DENSE], "calibration images"
-    else:
-        side = max(info.task_args["min_size"])
-        images, which = synthetic_images(NUM_DENSE, (side, side * 4 // 3)), "synthetic images"
-    return images, f"{len(images)} {which}, upright and on their side"
-
-
-def _chosen(num_images: int, most: int = NUM_IMAGES) -> list[int]:
+def chosen(num_images: int, most: int = NUM_IMAGES) -> list[int]:
     """Positions of ``most`` of so many images, in order."""
     return sorted(random.Random(0).sample(range(num_images), min(most, num_images)))
 

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qtvit.checkpoints import ModelInfo
 from qtvit.console import progress
 from qtvit.data import ImageSource, Preprocess, open_image
 
@@ -225,6 +224,8 @@ def check(
     images: Sequence[ImageSource],
     labels: Sequence[int] | None = None,
     max_drop: float = MAX_DROP,
+    preprocess: Preprocess | None = None,
+    dense: bool = False,
 ) -> Report:
     """Run both on ``images``: all at the file's size, a few at each other size and batch size that it allows.
 
@@ -235,13 +236,16 @@ def check(
         images: to compare on.
         labels: their classes, to compare accuracies too.
         max_drop: see `Report`.
+        preprocess: how images are made to fit the graph; None: as the file says.
+        dense: whether every pixel is scored, which takes longer, so that fewer images have to do.
     """
+    preprocess = preprocess or Preprocess(**artifact.info.preprocess)
     cases = []
     accuracy = None
-    for img_size, batch_size, num_images in _plan(artifact, len(images)):
-        preprocess = dataclasses.replace(crops_of(artifact.info), size=img_size)
+    for img_size, batch_size, num_images in _plan(artifact, len(images), dense):
+        at_size = dataclasses.replace(preprocess, size=img_size)
         expected, found, parts = [], [], []
-        for batch in _batches(images[:num_images], preprocess, batch_size):
+        for batch in _batches(images[:num_images], at_size, batch_size):
             expected.append(network(batch).cpu())
             found.append(exported(batch).cpu())
             if expected[-1].ndim == 4:  # those of all images would not fit into memory
@@ -253,14 +257,6 @@ def check(
             right = [torch.cat(logits).argmax(-1) == torch.tensor(labels) for logits in (expected, found)]
             accuracy = 100 * float(right[0].float().mean()), 100 * float(right[1].float().mean())
     return Report(artifact.precision, cases, accuracy, max_drop)
-
-
-def crops_of(info: ModelInfo) -> Preprocess:
-    """How images are made to fit a graph: as in evaluation; those of a segmenter fill the size of its crops."""
-    if info.task != "segment":
-        return Preprocess(**info.preprocess)
-    given = info.preprocess
-    return Preprocess(tuple(given["size"]), 1.0, "bilinear", tuple(given["mean"]), tuple(given["std"]))
 
 
 def time_in_turns(runtimes: Sequence[Runtime], pixels: Tensor) -> list[float]:
@@ -294,10 +290,10 @@ def synthetic_images(num_images: int, img_size: tuple[int, int], seed: int = 0) 
     return images
 
 
-def _plan(artifact: Artifact, num_images: int) -> Iterator[tuple[tuple[int, int], int, int]]:
+def _plan(artifact: Artifact, num_images: int, dense: bool) -> Iterator[tuple[tuple[int, int], int, int]]:
     """Image size, batch size and number of images of each case."""
     height, width = artifact.img_size
-    any_batch, dense = "batch" in artifact.dynamic, artifact.info.task == "segment"
+    any_batch = "batch" in artifact.dynamic
     yield (height, width), (DENSE_BATCH if dense else LARGE_BATCH) if any_batch else 1, num_images
     few = min(DENSE_FEW if dense else FEW, num_images)
     if any_batch:

@@ -5,19 +5,18 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar, overload
 
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import nn
 
+from qtvit import tasks
 from qtvit.checkpoints import ModelInfo, load_model
 from qtvit.checkpoints.model_file import check_task
-from qtvit.data import ImageSource, Preprocess, class_names, open_image
+from qtvit.data import ImageSource, class_names, open_image
 from qtvit.device import resolve_device
 
 from .artifact import format_of
@@ -29,32 +28,6 @@ DECODERS = max(2, min(8, os.cpu_count() or 1))
 P = TypeVar("P")
 T = TypeVar("T")
 OfTask = TypeVar("OfTask", bound="Predictor[Any]")
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """The classes of one image, most probable first.
-
-    Attributes:
-        labels: class names.
-        probabilities: softmax outputs, in the same order.
-    """
-
-    labels: tuple[str, ...]
-    probabilities: tuple[float, ...]
-
-    @property
-    def label(self) -> str:
-        """The most probable class."""
-        return self.labels[0]
-
-    @property
-    def probability(self) -> float:
-        """The probability of `label`."""
-        return self.probabilities[0]
-
-    def __str__(self) -> str:
-        return ", ".join(f"{name} {p:.1%}" for name, p in zip(self.labels, self.probabilities, strict=True))
 
 
 class Predictor(ABC, Generic[P]):
@@ -106,10 +79,11 @@ class Predictor(ABC, Generic[P]):
         else:
             model, info = load_model(path)
             runtime = FusedNetwork(model, resolve_device(device), threads)
-        fitting = [found for found in (cls, *cls.__subclasses__()) if getattr(found, "task", None) == info.task]
-        if not fitting:
+        predictor = tasks.get(info.task).load("predictor")
+        if not issubclass(predictor, cls):
             check_task(path, info, cls.task)
-        return fitting[0](runtime, info)
+        made: OfTask = predictor(runtime, info)
+        return made
 
     @property
     def device(self) -> torch.device:
@@ -127,9 +101,30 @@ class Predictor(ABC, Generic[P]):
         """Free what the runtime holds; it cannot predict any more."""
         self.runtime.close()
 
+    @overload
+    def predict(self, images: ImageSource, *args: Any, **options: Any) -> P: ...
+    @overload
+    def predict(self, images: list[ImageSource] | list[str] | list[Path], *args: Any, **options: Any) -> list[P]: ...
+    def predict(
+        self, images: ImageSource | list[ImageSource] | list[str] | list[Path], *args: Any, **options: Any
+    ) -> P | list[P]:
+        """The ``P`` of an image (see `qtvit.data.open_image`), or a list of those of a list of images.
+
+        The arguments are those of `iter_predict`.
+
+        Raises:
+            FileNotFoundError, ValueError: an image that is not there or cannot be read; as `iter_predict`.
+        """
+        if isinstance(images, (list, tuple)):
+            return list(self.iter_predict(images, *args, **options))
+        return next(self.iter_predict([images], *args, **options))
+
     @abstractmethod
-    def predict(self, images: Any, *args: Any, **options: Any) -> Any:
-        """The ``P`` of an image, or a list of those of a list of images; options differ by task."""
+    def iter_predict(self, images: Sequence[ImageSource], *args: Any, **options: Any) -> Iterator[Any]:
+        """The ``P`` of each image, one at a time; options differ by task.
+
+        With ``skip_broken=True``, None for an image that cannot be read.
+        """
 
     def _iterate(
         self,
@@ -151,65 +146,6 @@ class Predictor(ABC, Generic[P]):
             readable = [item for item in batch if item is not None]
             found = iter(run(readable) if readable else [])
             yield from (None if item is None else next(found) for item in batch)
-
-
-class ClassPredictor(Predictor[Prediction]):
-    """A trained classifier, see `Predictor`.
-
-    Attributes:
-        preprocess: its evaluation protocol.
-    """
-
-    task = "classify"
-
-    def __init__(
-        self, model: nn.Module | Runtime, info: ModelInfo, device: str = "auto", threads: int | None = None
-    ) -> None:
-        super().__init__(model, info, device, threads)
-        self.preprocess = Preprocess(**info.preprocess)
-
-    @overload
-    def predict(self, images: ImageSource, top_k: int = 5, batch_size: int = 32) -> Prediction: ...
-    @overload
-    def predict(
-        self, images: list[ImageSource] | list[str] | list[Path], top_k: int = 5, batch_size: int = 32
-    ) -> list[Prediction]: ...
-    def predict(
-        self, images: ImageSource | list[ImageSource] | list[str] | list[Path], top_k: int = 5, batch_size: int = 32
-    ) -> Prediction | list[Prediction]:
-        """The ``top_k`` most probable classes of an image, or of each image of a list.
-
-        Raises:
-            FileNotFoundError, ValueError: an image that is not there or cannot be read (see `qtvit.data.open_image`).
-        """
-        if isinstance(images, (list, tuple)):
-            return list(self.iter_predict(images, top_k, batch_size))
-        return next(self.iter_predict([images], top_k))
-
-    @overload
-    def iter_predict(
-        self, images: Sequence[ImageSource], top_k: int = 5, batch_size: int = 32
-    ) -> Iterator[Prediction]: ...
-    @overload
-    def iter_predict(
-        self, images: Sequence[ImageSource], top_k: int = 5, batch_size: int = 32, *, skip_broken: bool
-    ) -> Iterator[Prediction | None]: ...
-    def iter_predict(
-        self, images: Sequence[ImageSource], top_k: int = 5, batch_size: int = 32, *, skip_broken: bool = False
-    ) -> Iterator[Prediction | None]:
-        """As `predict`, one result at a time; with ``skip_broken``, None for an image that cannot be read."""
-        if top_k < 1:
-            raise ValueError(f"top_k must be 1 or more, got {top_k}")
-        label = partial(self._label, top_k=min(top_k, len(self.classes)))
-        return self._iterate(images, batch_size, skip_broken, self.preprocess.transform(), label)
-
-    @torch.inference_mode()
-    def _label(self, pixels: list[Tensor], top_k: int) -> list[Prediction]:
-        top = self.runtime(torch.stack(pixels).to(self.device)).softmax(-1).cpu().topk(top_k)
-        return [
-            Prediction(tuple(self.classes[i] for i in indices), tuple(values))
-            for values, indices in zip(top.values.tolist(), top.indices.tolist(), strict=True)
-        ]
 
 
 def _read_ahead(

@@ -13,12 +13,11 @@ import numpy as np
 from torch import nn
 
 from qtvit.console import say
-from qtvit.data import ImageSource, open_image
+from qtvit.data import ImageSource, Preprocess, open_image
 from qtvit.device import kept_signal_stack
 from qtvit.layers import LinearAttention, MultiScaleAttention
 
 from .artifact import INPUT, METADATA_KEY, Artifact
-from .check import crops_of
 from .formats import quiet_tools, save_openvino
 
 Labelled = tuple[Sequence[ImageSource], Sequence[int]]
@@ -30,6 +29,7 @@ def write_int8(
     artifact: Artifact,
     network: nn.Module,
     images: Sequence[ImageSource],
+    preprocess: Preprocess,
     labelled: Labelled | None = None,
     max_drop: float = 1.0,
 ) -> None:
@@ -41,12 +41,13 @@ def write_int8(
         artifact: its description.
         network: what was exported; its attention layers are looked for.
         images: the ranges of activations are measured on.
+        preprocess: how images are made to fit the graph.
         labelled: images and labels; for OpenVINO, layers go back to fp32 until no more accuracy is lost on them than
             ``max_drop``.
         max_drop: points of top-1 in percent.
     """
     say(f"quantizing with {len(images)} images")
-    transform = crops_of(artifact.info).transform()
+    transform = preprocess.transform()
 
     def pixels(image: ImageSource) -> np.ndarray:
         return transform(open_image(image))[None].numpy()

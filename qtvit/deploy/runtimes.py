@@ -36,7 +36,7 @@ class Runtime(ABC):
         """The logits of a batch of any size."""
 
     def detect(self, image: Tensor) -> dict[str, Tensor]:
-        """What a detector finds in an image, (3, H, W) in 0..1 (see `qtvit.models.Detector`)."""
+        """What a detector finds in an image, (3, H, W) in 0..1 (see `qtvit.tasks.detect.model.Detector`)."""
         raise NotImplementedError(f"{type(self).__name__} runs no detectors")
 
     def close(self) -> None:  # noqa: B027

@@ -14,13 +14,13 @@ from torch import nn
 from qtvit import console
 from qtvit.checkpoints import load_model
 from qtvit.data import ImageSource, Preprocess, open_image
+from qtvit.data.folders import all_images
+from qtvit.deploy.artifact import format_of
 from qtvit.device import resolve_device
 from qtvit.models import build_model
 from qtvit.models.build import check_img_size
+from qtvit.tasks.classify.predict import ClassPredictor
 
-from ..artifact import format_of
-from ..held_out import all_images
-from ..predictor import ClassPredictor
 from .report import Report
 from .runs import run_all
 

@@ -184,7 +184,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Report:
-    """What `qtvit.deploy.doctor.examine` found.
+    """What `qtvit.doctor.examine` found.
 
     Attributes:
         model: its name.

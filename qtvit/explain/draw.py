@@ -15,7 +15,7 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from qtvit.deploy.annotate import shorten
+from qtvit.console import shorten
 from qtvit.files import replacing
 
 from .entropy import Focus, sharpness

@@ -24,7 +24,6 @@ from torchvision.transforms.v2 import functional as tvf
 from qtvit import console
 from qtvit.checkpoints import load_model
 from qtvit.data import ImageSource, Preprocess, class_names, open_image
-from qtvit.deploy import ClassPredictor, Prediction
 from qtvit.device import resolve_device
 from qtvit.errors import unknown_name
 from qtvit.files import replacing
@@ -32,6 +31,7 @@ from qtvit.layers import LinearAttention, MultiScaleAttention
 from qtvit.models.build import check_img_size
 from qtvit.models.qtvit import QTViT
 from qtvit.ops import attention_weights
+from qtvit.tasks.classify.predict import ClassPredictor, Prediction
 
 from .entropy import Focus, layer_focus
 from .points import Point, check_points

@@ -7,12 +7,16 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from qtvit.errors import some
 
 from .foreign import fit_weights, kernel_mismatch
 from .qtvit import QTViT
+
+BODY = "backbone.body."
+"""What the names of a network's parameters begin with in a model on a `Backbone`."""
 
 
 class Backbone(nn.Module):
@@ -104,12 +108,37 @@ def load_backbone(backbone: Backbone, state_dict: Mapping[str, Tensor]) -> list[
     return dropped
 
 
-def below(prefix: str, groups: Any) -> Any:
+class OnBackbone:
+    """What timm asks of a model, for one that has a `Backbone` in ``backbone``: answered by the network in that."""
+
+    backbone: Any
+
+    @property
+    def body(self) -> Any:
+        """The network in the backbone."""
+        return self.backbone.body
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """The parameters that the network's own recipe exempts from weight decay."""
+        return {BODY + name for name in getattr(self.body, "no_weight_decay", set)()}
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        self.body.set_grad_checkpointing(enable)
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """timm's layer groups of the network; everything on top of it matches none of them and so comes last."""
+        return _below(BODY, self.body.group_matcher(coarse=coarse))
+
+
+def _below(prefix: str, groups: Any) -> Any:
     """Adapt a network's ``group_matcher`` patterns to a larger model that holds the network under ``prefix``."""
     if isinstance(groups, str):
         return re.sub(r"\^", "^" + re.escape(prefix), groups)
     if isinstance(groups, Mapping):
-        return {name: below(prefix, pattern) for name, pattern in groups.items()}
+        return {name: _below(prefix, pattern) for name, pattern in groups.items()}
     if isinstance(groups, (list, tuple)):
-        return type(groups)(below(prefix, pattern) for pattern in groups)
+        return type(groups)(_below(prefix, pattern) for pattern in groups)
     return groups

@@ -30,7 +30,7 @@ def build_model(name: str, **model_args: Any) -> nn.Module:
     kernel = str(model_args.get("kernel", ""))
     if kernel.startswith(ABLATION_KERNELS) and kernel not in KERNELS:
         raise ValueError(
-            f"kernel {kernel!r} of an ablation is known only within qtvit.training.table3.table3_kernels()"
+            f"kernel {kernel!r} of an ablation is known only within qtvit.ablation.table3.table3_kernels()"
         )
     try:
         return timm.create_model(name, **model_args)

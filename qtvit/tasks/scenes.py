@@ -14,13 +14,13 @@ from PIL import Image, ImageDraw
 from torch.utils.data import DataLoader, Dataset
 
 from qtvit import console
+from qtvit.data.digits import load_digits
+from qtvit.data.images import open_image
+from qtvit.data.sampling import derived_seed
+from qtvit.data.split import stratified_split
 from qtvit.device import ignore_interrupts, num_cores
 from qtvit.errors import unknown_name
 from qtvit.files import open_folder
-
-from .classification import load_labelled_images
-from .images import open_image
-from .sampling import derived_seed
 
 DIGIT_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 TASKS = ("detect", "segment")
@@ -104,10 +104,10 @@ class SceneGenerator:
 
     def __init__(self, seed: int = 0) -> None:
         self.seed = seed
-        data = load_labelled_images("digits", seed=seed)
+        train, val = stratified_split(load_digits()[1], val_fraction=0.2, seed=seed)
         self._digits = {
             split: [(np.asarray(open_image(source))[..., 0], label) for source, label in samples]
-            for split, samples in (("train", data.train), ("val", data.val))
+            for split, samples in (("train", train), ("val", val))
         }
 
     def scene(self, split: str, index: int) -> Scene:

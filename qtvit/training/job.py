@@ -1,27 +1,36 @@
 """The training of any task, from configuration to run folder."""
 
+import json
 import random
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 import lightning
+import timm
 import torch
 from lightning.pytorch.callbacks import Callback, EarlyStopping
+from timm.data import resolve_data_config
+from timm.models import PretrainedCfg
+from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from qtvit import console
-from qtvit.checkpoints import BEST, ModelInfo
+from qtvit import console, tasks
+from qtvit.checkpoints import BEST, WEIGHT_SOURCES, ModelInfo
+from qtvit.data import DIGITS
 from qtvit.data.sampling import EpochBatches, SeededDataset, StreamBatches, even_batches, fixed_keys
 from qtvit.device import ignore_interrupts, keep_freed_memory, processes, resolve_device
+from qtvit.errors import some
+from qtvit.files import write_text
 
 from .callbacks import EpochLines, EstimateBatchNorm, EvaluateEvery, History, SaveBest, SaveState
 from .config import TrainConfig
 from .finite import StopAtNonFinite
-from .options import save_config
+from .options import absolute, save_config
+from .plots import plot_curves
 from .run import build_trainer, check_device, default_workers, find_state, open_run, set_threads
 from .task import Task
 
@@ -55,16 +64,23 @@ class Speed:
 
     Attributes:
         seconds: wall-clock time of the training loop.
-        seconds_per_batch: of a training step alone; 0 if none was measured.
+        seconds_per_batch: time of a training step alone; 0 if none was measured.
+        batch_size: images per step, in all processes.
     """
 
     seconds: float
     seconds_per_batch: float
+    batch_size: int
+
+    def summary(self) -> dict[str, Any]:
+        """The fields train_seconds and train_images_per_second of a `Summary`; the latter None if not measured."""
+        images_per_second = round(self.batch_size / self.seconds_per_batch, 1) if self.seconds_per_batch else None
+        return {"train_seconds": round(self.seconds, 1), "train_images_per_second": images_per_second}
 
 
 @dataclass(frozen=True)
 class Summary(ABC):
-    """What a finished run has to say.
+    """What a finished run has to say; written as `SUMMARY`.
 
     Attributes:
         run: the run folder.
@@ -77,19 +93,48 @@ class Summary(ABC):
         """The rest in words: what, and how much."""
 
 
+class Data(Protocol):
+    """What a task trains on."""
+
+    @property
+    def name(self) -> str:
+        """For the run folder's name."""
+
+    @property
+    def train(self) -> Sized:
+        """The training samples."""
+
+    @property
+    def val(self) -> Sized:
+        """The held-out samples."""
+
+    def digest(self) -> str:
+        """A hash of everything that training depends on, wherever the data are."""
+
+
 class Job(ABC, Generic[C, S]):
-    """What a task adds to `run_job`: its data, network and report. An instance is ready to be trained.
+    """What a task adds to `run_job`: its data, network, training step and report. An instance is ready to be trained.
+
+    Args:
+        config: the run's.
+        device: to train on.
+        past: the description of the run that goes on, as `run.find_state` returns it; empty for a new run.
 
     Attributes:
-        config: of the run, with ``model`` and ``num_workers`` filled in.
-        data_name: for the run folder's name.
-        task: the network in training.
+        config: the run's, with ``model`` and ``num_workers`` filled in.
+        data: what `read_data` returned.
         info: the description of the model to save.
+        task: the network in training.
         loaders: of the images.
         sources: names of the training images, by index.
-        description: of data and settings, by which a run that goes on knows that they are the same.
         about: in words, what is trained on.
+        description: data and settings besides the data's digest by which a run that goes on knows that they are the
+            same.
         scored_first: whether the network is evaluated before the first step too.
+
+    Raises:
+        FileNotFoundError, ValueError: data, model or checkpoint that are not there or do not fit; a run that goes on
+            with other data.
     """
 
     monitor: ClassVar[str]
@@ -98,37 +143,93 @@ class Job(ABC, Generic[C, S]):
     """What to call it."""
     columns: ClassVar[Mapping[str, str]]
     """What to say of an epoch: names of metrics, with a text that has a place for the number."""
+    curves: ClassVar[Mapping[str, Mapping[str, str]]]
+    """Panels of the picture of the training curves, see `qtvit.training.plots.plot_curves`."""
+    changes: ClassVar[str] = "images were added or removed"
+    """What may have happened to data that are not those of the run that goes on."""
 
     config: C
-    data_name: str
-    task: Task
+    data: Any
     info: ModelInfo
+    task: Task
     loaders: Loaders
     sources: Sequence[object]
-    description: dict[str, Any]
     about: str
     scored_first: bool = False
 
-    @abstractmethod
     def __init__(self, config: C, device: torch.device, past: dict[str, Any]) -> None:
-        """Read the data and build the network.
-
-        Args:
-            config: of the run.
-            device: to train on.
-            past: the description of the run that goes on, as `run.find_state` returns it; empty for a new run.
-
-        Raises:
-            FileNotFoundError, ValueError: data, model or checkpoint that are not there or do not fit.
-        """
+        self.data = data = self.read_data(config)
+        check_counts(config, len(data.train), len(data.val))
+        if past and data.digest() != past["data"]:
+            raise ValueError(f"{config.data} is not what {config.resume} was training on: {self.changes}")
+        self.description: dict[str, Any] = {"data": data.digest()}
+        config = with_workers(config, config.data == DIGITS)
+        if past:  # its training state holds the weights
+            self.info = info = ModelInfo(**past["info"])
+            model = tasks.get(info.task).load("build")(info.model, info.model_args, info.task_args)
+        else:
+            warn_of_random_weights(config)
+            model, self.info = self.build(config, data)
+        self.config = replace(config, model=self.info.model)
+        self.set_up(model.train(), device, past)
 
     @abstractmethod
-    def resolved(self) -> C:
-        """``config`` with what it left open, so that it repeats the run from anywhere."""
+    def read_data(self, config: C) -> Data:
+        """Read what to train on."""
+
+    @abstractmethod
+    def build(self, config: C, data: Any) -> tuple[nn.Module, ModelInfo]:
+        """The network to train, from random weights or from ``config.checkpoint``, and its description."""
+
+    @abstractmethod
+    def set_up(self, model: Any, device: torch.device, past: dict[str, Any]) -> None:
+        """Set ``task``, ``loaders``, ``sources`` and ``about``; everything else is set already."""
+
+    @abstractmethod
+    def resolved(self) -> dict[str, Any]:
+        """Options that ``config`` left open, as they were found, so that it repeats the run from anywhere."""
 
     @abstractmethod
     def report(self, run: Path, speed: Speed) -> S:
-        """Score the best weights, draw the pictures, write `SUMMARY`."""
+        """Score the best weights, draw the pictures and write the tables."""
+
+
+def warn_of_random_weights(config: TrainConfig) -> None:
+    """Say so if weights are kept that nobody has trained."""
+    if config.checkpoint is None and not config.model_args.keys() & set(WEIGHT_SOURCES):
+        for option, on in ((f"--freeze {config.freeze}", config.freeze), ("--freeze-bn", config.freeze_bn)):
+            if on:
+                console.say(f"{option} without --checkpoint keeps random weights as they are")
+
+
+def check_model(config: TrainConfig, source: ModelInfo) -> None:
+    """ValueError if ``config`` names another model than its checkpoint holds."""
+    if config.model not in (None, source.model):
+        raise ValueError(f"--checkpoint {config.checkpoint} holds {source.model}, not {config.model}")
+
+
+def say_new_classifier(config: TrainConfig, source: ModelInfo, classes: Sequence[str]) -> None:
+    """Say that the outputs of a checkpoint with other classes are not taken over."""
+    console.say(
+        f"{config.checkpoint} tells {len(source.classes)} other classes apart ({some(source.classes)}): "
+        f"its classifier starts anew for {some(classes)}"
+    )
+
+
+def normalisation(model: str, source: ModelInfo | None) -> dict[str, list[float]]:
+    """Mean and standard deviation, of RGB from 0 to 1, that a network is used to: as its checkpoint says, or timm."""
+    given: Mapping[str, Any]
+    if source is None:
+        cfg = timm.get_pretrained_cfg(model) if timm.is_model(model) else None
+        given = resolve_data_config(pretrained_cfg=(cfg or PretrainedCfg()).to_dict())
+    else:
+        given = source.preprocess if "mean" in source.preprocess else source.task_args
+    return {"mean": list(given["mean"]), "std": list(given["std"])}
+
+
+def train(config: C) -> Any:
+    """Train as ``config`` says, whatever its task; see `run_job`."""
+    return run_job(config, tasks.get(config.task).load("job"))
 
 
 def run_job(config: C, make: Callable[[C, torch.device, dict[str, Any]], Job[C, S]]) -> S | None:
@@ -154,14 +255,9 @@ def run_job(config: C, make: Callable[[C, torch.device, dict[str, Any]], Job[C, 
     job = make(config, device, past)
     config, task, loaders = job.config, job.task, job.loaders
 
-    with open_run(config, f"{config.model}-{job.data_name}") as run:
+    with open_run(config, f"{config.model}-{job.data.name}") as run:
         if not past and rank == 0:
-            save_config(
-                replace(
-                    job.resolved(), output=None, resume=None, device=str(device), num_threads=torch.get_num_threads()
-                ),
-                run / "config.yaml",
-            )
+            save_config(_resolved(job, device), run / "config.yaml")
         together = f", {world_size} processes" if world_size > 1 else ""
         console.say(f"Training {config.model} on {job.about}, on {device}{together}.\nRun folder: {run}")
         history = History(run / "metrics.csv")
@@ -188,8 +284,28 @@ def run_job(config: C, make: Callable[[C, torch.device, dict[str, Any]], Job[C, 
         if rank > 0:
             return None
         if finished:
-            return job.report(run, Speed(past["seconds"], past.get("seconds_per_batch", 0.0)))
-        return job.report(run, Speed(history.seconds, history.seconds_per_batch))
+            speed = Speed(past["seconds"], past.get("seconds_per_batch", 0.0), config.batch_size * world_size)
+        else:
+            speed = Speed(history.seconds, history.seconds_per_batch, config.batch_size * world_size)
+        plot_curves(run / "metrics.csv", run / "curves.png", job.curves)
+        summary = job.report(run, speed)
+        write_text(run / SUMMARY, json.dumps(asdict(summary), indent=2) + "\n")
+        return summary
+
+
+def _resolved(job: Job[C, Any], device: torch.device) -> C:
+    """The configuration that repeats the run from anywhere."""
+    config = job.config
+    return replace(
+        config,
+        data=config.data if config.data == DIGITS else absolute(config.data) or config.data,
+        checkpoint=absolute(config.checkpoint),
+        output=None,
+        resume=None,
+        device=str(device),
+        num_threads=torch.get_num_threads(),
+        **job.resolved(),
+    )
 
 
 def _score_start(job: Job[Any, Any], device: torch.device, run: Path) -> dict[str, float]:

@@ -7,19 +7,13 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
-import torch
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap, LogNorm, Normalize
 from matplotlib.figure import Figure
 from torch import Tensor
 from torch.nn import functional as F
 
-from qtvit.data import open_image
-from qtvit.data.classification import Sample
-from qtvit.data.images import source_name
-from qtvit.deploy.annotate import Tile, contact_sheet, shorten, thumbnail
-
-from .evaluate import Evaluation
+from qtvit.console import shorten
 
 NAME_CHARS = 40
 """Characters of a class name that are drawn."""
@@ -29,14 +23,7 @@ NUM_CONFUSIONS = 25
 """Most frequent confusions that are listed beside a larger matrix."""
 
 
-CLASSIFY_CURVES = {
-    "Loss": {"training": "train/loss", "held out": "val/loss"},
-    "Accuracy (%)": {"top-1": "val/top1", "top-5": "val/top5"},
-    "Learning rate": {"": "lr"},
-}
-
-
-def plot_curves(metrics_csv: Path, out: Path, panels: Mapping[str, Mapping[str, str]] = CLASSIFY_CURVES) -> None:
+def plot_curves(metrics_csv: Path, out: Path, panels: Mapping[str, Mapping[str, str]]) -> None:
     """Loss, scores and learning rate over the epochs, from the log of the run.
 
     Args:
@@ -52,7 +39,7 @@ def plot_curves(metrics_csv: Path, out: Path, panels: Mapping[str, Mapping[str, 
         return [x for x, _ in points], [y for _, y in points]
 
     figure = Figure(figsize=(12, 3.6), layout="constrained")
-    for axes, (title, lines) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
+    for axes, (title, lines) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
         for label, name in lines.items():
             epochs, values = series(name)
             if values and (label != "top-5" or min(values) < 100):
@@ -62,15 +49,6 @@ def plot_curves(metrics_csv: Path, out: Path, panels: Mapping[str, Mapping[str, 
         if len(lines) > 1:
             axes.legend()
     save(figure, out)
-
-
-def plot_confusion(evaluation: Evaluation, out: Path) -> None:
-    """True by predicted classes: counts where they can be read, else colours and a list of what is confused most.
-
-    Classes that are neither the label nor the prediction of any image are left out.
-    """
-    title = f"top-1 {evaluation.accuracy():.2f} % of {len(evaluation.targets)} images"
-    draw_confusion(evaluation.confusion(), evaluation.classes, title, out)
 
 
 def draw_confusion(counts: Tensor, classes: Sequence[str], title: str, out: Path, unit: str = "images") -> None:
@@ -145,68 +123,6 @@ def _list_confusions(axes: Axes, wrong: Tensor, num_true: Tensor, names: list[st
     for row, ((true, predicted), n) in enumerate(pairs):
         share = 100 * n / int(num_true[true])
         axes.text(0, row - 0.2, f"{names[true]} → {names[predicted]}: {n} ({share:.0f} %)", va="bottom", fontsize=8)
-
-
-def plot_calibration(evaluation: Evaluation, out: Path) -> None:
-    """Accuracy by confidence (they should agree: the dashed line), and how many images have which confidence."""
-    rows = evaluation.calibration()
-    figure = Figure(figsize=(5.5, 6.5), layout="constrained")
-    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
-    full = [
-        (row, row.accuracy, row.confidence) for row in rows if row.accuracy is not None and row.confidence is not None
-    ]
-    middles = [(row.low + row.high) / 2 for row, _, _ in full]
-    width = 0.92 * (rows[0].high - rows[0].low)
-    top.bar(middles, [accuracy for _, accuracy, _ in full], width, color="steelblue", label="accuracy")
-    gaps = [confidence - accuracy for _, accuracy, confidence in full]
-    bases = [accuracy for _, accuracy, _ in full]
-    top.bar(middles, gaps, width, bases, color="none", edgecolor="crimson", hatch="///", label="gap to confidence")
-    top.plot([0, 100], [0, 100], "--", color="grey")
-    top.set(
-        title=f"Calibration error (ECE) {evaluation.calibration_error():.2f} %",
-        ylabel="accuracy (%)",
-        xlim=(0, 100),
-        ylim=(0, 100),
-    )
-    top.legend(loc="upper left")
-    bottom.bar(middles, [100 * row.num_images / len(evaluation.targets) for row, _, _ in full], width, color="grey")
-    bottom.set(xlabel="confidence: probability of the predicted class (%)", ylabel="images (%)")
-    save(figure, out)
-
-
-def plot_mistakes(evaluation: Evaluation, samples: Sequence[Sample], out: Path, num_images: int = 24) -> None:
-    """A sheet of the images predicted wrong, the most confident first; of the least certain right ones if none is."""
-    chosen = evaluation.mistakes(num_images)
-    if chosen:
-        title = f"The most confident of {len(evaluation.mistakes())} mistakes in {len(evaluation.targets)} images"
-    else:
-        chosen = evaluation.probabilities.max(-1).values.argsort(stable=True)[:num_images].tolist()
-        title = f"No mistakes in {len(evaluation.targets)} images; these are the least certain"
-    _save_sheet(evaluation, samples, chosen, title, out)
-
-
-def plot_predictions(evaluation: Evaluation, samples: Sequence[Sample], out: Path, num_images: int = 24) -> None:
-    """A sheet of images from all over the samples, with what was predicted."""
-    chosen = torch.linspace(0, len(samples) - 1, min(num_images, len(samples))).round().int().tolist()
-    _save_sheet(evaluation, samples, chosen, f"{len(chosen)} of {len(samples)} images (red: predicted wrong)", out)
-
-
-def _save_sheet(
-    evaluation: Evaluation, samples: Sequence[Sample], chosen: Sequence[int], title: str, out: Path
-) -> None:
-    """Pictures of the ``chosen`` samples, with predicted class and confidence, the true class if it is another, and
-    the name of the file if it has one.
-    """
-    confidence, predicted = evaluation.probabilities.max(-1)
-    tiles = []
-    for index in chosen:
-        source, label = samples[index]
-        wrong = int(predicted[index]) != label
-        lines = [f"{float(confidence[index]):.0%} {evaluation.classes[int(predicted[index])]}"]
-        lines += [f"is {evaluation.classes[label]}"] if wrong else []
-        lines += [name] if (name := source_name(source)) else []
-        tiles.append(Tile(thumbnail(open_image(source)), lines, "crimson" if wrong else "black"))
-    contact_sheet(tiles, title).save(out)
 
 
 def save(figure: Figure, out: Path) -> None:

@@ -290,8 +290,8 @@ def test_its_python_runs(
 def test_its_commands_run(
     make_run: Callable[..., Path], capsys: pytest.CaptureFixture[str], hub: Hub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for slow in ("plot_curves", "write_report"):
-        monkeypatch.setattr(f"qtvit.training.classify.{slow}", lambda *args: None)
+    for slow in ("training.job.plot_curves", "tasks.classify.train.write_report"):
+        monkeypatch.setattr(f"qtvit.{slow}", lambda *args: None)
     run = make_run(num_classes=3, img_size=[16, 16])
     push_model(run, "me/model", folder="made")
     push_model(run, "me/model")
@@ -310,7 +310,7 @@ def test_its_commands_run(
 
 
 def test_the_examples_of_the_page_run(make_run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, hub: Hub) -> None:
-    for slow in ("training.classify.plot_curves", "training.classify.write_report", "training.report.write_report"):
+    for slow in ("training.job.plot_curves", "tasks.classify.train.write_report", "tasks.classify.report.write_report"):
         monkeypatch.setattr(f"qtvit.{slow}", lambda *args: None)
     make_run(num_classes=2, img_size=[16, 16]).rename("runs/qtvit_1-photos")
     Image.radial_gradient("L").resize((40, 30)).convert("RGB").save("cat.jpg")

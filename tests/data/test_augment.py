@@ -11,8 +11,8 @@ from timm.data.auto_augment import AugmentOp, RandAugment
 from torch import Tensor
 from torchvision.transforms import functional as tvf
 
-from qtvit.data import TrainTransform
 from qtvit.data.sampling import seed_everywhere
+from qtvit.tasks.classify.transforms import TrainTransform
 
 PLAIN: dict[str, Any] = {"scale": (1, 1), "ratio": (1, 1), "hflip": 0, "interpolation": "bicubic"}
 """Of a square image this keeps everything."""

@@ -5,8 +5,9 @@ import pytest
 from PIL import Image
 
 from qtvit import console
-from qtvit.data import drop_broken, find_broken, load_labelled_images
-from qtvit.data.classification import Sample
+from qtvit.data.split import Sample
+from qtvit.tasks.classify.data import load_labelled_images
+from qtvit.tasks.classify.unreadable import drop_broken, find_broken
 
 
 @pytest.fixture

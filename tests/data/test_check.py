@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from qtvit.data import check_data, pack_folder
-from qtvit.data.check import Duplicates
 from qtvit.data.shards import read_index
+from qtvit.tasks.classify.check import Duplicates, check_data
+from qtvit.tasks.classify.pack import pack_folder
 from qtvit_cli import main
 
 

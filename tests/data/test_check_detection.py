@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from qtvit.data import check_detection_data, load_detection_data
+from qtvit.tasks.detect.check import check_detection_data
+from qtvit.tasks.detect.data import load_detection_data
 from qtvit_cli import main
 
 from .coco_folder import Content, annotation, annotation_file, write_coco

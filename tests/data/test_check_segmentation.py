@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from qtvit.data import check_segmentation_data, load_segmentation_data
+from qtvit.tasks.segment.check import check_segmentation_data
+from qtvit.tasks.segment.data import load_segmentation_data
 from tests.data.segmentation import COLORS, draw_data, draw_pair
 
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from qtvit.data import load_labelled_images, pack_folder
-from qtvit.data.classification import choose
+from qtvit.tasks.classify.data import choose, load_labelled_images
+from qtvit.tasks.classify.pack import pack_folder
 
 
 def make_images(folder: Path, count: int) -> None:

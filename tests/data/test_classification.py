@@ -5,8 +5,10 @@ import pytest
 from PIL import Image
 from timm.data import ImageNetInfo
 
-from qtvit.data import ImageDataset, Preprocess, load_labelled_images, read_split
-from qtvit.data.classification import find_val_folder, stratified_split
+from qtvit.data import Preprocess
+from qtvit.data.folders import find_val_folder
+from qtvit.data.split import stratified_split
+from qtvit.tasks.classify.data import ImageDataset, load_labelled_images, read_split
 
 
 def make_images(folder: Path, count: int) -> None:

@@ -11,9 +11,8 @@ from PIL import Image
 from pycocotools import mask as rle
 from pycocotools.coco import COCO
 
-from qtvit.data import DetectionDataset, load_detection_data
-from qtvit.data.coco_masks import _covered_pixels
-from qtvit.data.detection import collate
+from qtvit.tasks.detect.data import DetectionDataset, collate, load_detection_data
+from qtvit.tasks.detect.masks import _covered_pixels
 
 from .coco_folder import Content, annotation, annotation_file, content, write_coco
 

@@ -4,9 +4,8 @@ import pytest
 import torch
 from torchvision import tv_tensors
 
-from qtvit.data import DetectionTransform
-from qtvit.data.detection_transforms import RandomZoom
 from qtvit.data.sampling import seed_everywhere
+from qtvit.tasks.detect.transforms import DetectionTransform, RandomZoom
 
 HEIGHT, WIDTH = 40, 60
 

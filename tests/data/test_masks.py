@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from qtvit.data.masks import MaskClasses, count_values, read_mask
-from qtvit.data.palette import color_keys, default_palette, format_color, key_color, parse_color
+from qtvit.tasks.segment.masks import MaskClasses, count_values, read_mask
+from qtvit.tasks.segment.palette import color_keys, default_palette, format_color, key_color, parse_color
 
 SIZE = (97, 211)
 

@@ -7,8 +7,9 @@ import pytest
 from PIL import Image
 from torch.utils.data import get_worker_info
 
-from qtvit.data import DetectionDataset, check_detection_data, load_detection_data, write_scenes
-from qtvit.data.scenes import DIGIT_NAMES, Scene, SceneGenerator
+from qtvit.tasks.detect.check import check_detection_data
+from qtvit.tasks.detect.data import DetectionDataset, load_detection_data
+from qtvit.tasks.scenes import DIGIT_NAMES, Scene, SceneGenerator, write_scenes
 from qtvit_cli import main
 
 
@@ -97,8 +98,8 @@ def test_several_processes_draw_the_same(tmp_path: Path, monkeypatch: pytest.Mon
         return scene(self, split, index)
 
     monkeypatch.setattr(SceneGenerator, "scene", in_a_worker)
-    monkeypatch.setattr("qtvit.data.scenes.num_cores", lambda: 2)
-    monkeypatch.setattr("qtvit.data.scenes._SCENES_PER_WORKER", 2)
+    monkeypatch.setattr("qtvit.tasks.scenes.num_cores", lambda: 2)
+    monkeypatch.setattr("qtvit.tasks.scenes._SCENES_PER_WORKER", 2)
     write_scenes(two, "segment", 5, 1)
     files = [path.relative_to(one) for path in sorted(one.rglob("*")) if path.is_file()]
     assert len(files) == 2 * 6 + 2

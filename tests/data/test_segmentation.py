@@ -7,9 +7,14 @@ import pytest
 import torch
 from PIL import ExifTags, Image
 
-from qtvit.data import SegmentationData, SegmentationDataset, SegmentationEvalTransform, load_segmentation_data
-from qtvit.data.segmentation import choose_samples, count_pixels
-from qtvit.data.segmentation_classes import read_class_file
+from qtvit.tasks.segment.classes import read_class_file
+from qtvit.tasks.segment.data import (
+    SegmentationData,
+    SegmentationDataset,
+    count_pixels,
+    load_segmentation_data,
+)
+from qtvit.tasks.segment.transforms import SegmentationEvalTransform
 from tests.data.segmentation import COLORS, draw_data, draw_pair
 
 PAGE = Path(__file__).parents[2] / "docs" / "segmentation.md"
@@ -228,12 +233,12 @@ def test_fewer_training_images(tmp_path: Path) -> None:
     one, two = (load_segmentation_data(str(tmp_path), train_images=n).train for n in (1, 2))
     assert (len(one), len(two)) == (1, 2)
     assert set(one) < set(two) < set(samples)
-    assert choose_samples(samples, 3) == samples
+    assert load_segmentation_data(str(tmp_path), train_images=3).train == samples
     for number in (0, 4):
         with pytest.raises(
             ValueError, match=f"--train-images must be from 1 to 3, all there are to train on; got {number}"
         ):
-            choose_samples(samples, number)
+            load_segmentation_data(str(tmp_path), train_images=number)
 
 
 def test_what_is_shown_before_training(tmp_path: Path) -> None:

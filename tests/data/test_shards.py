@@ -20,22 +20,14 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from qtvit.checkpoints import load_model
-from qtvit.data import (
-    ImageDataset,
-    PackedImage,
-    Preprocess,
-    drop_broken,
-    find_broken,
-    load_labelled_images,
-    open_image,
-    pack_folder,
-    read_split,
-)
+from qtvit.data import PackedImage, Preprocess, open_image
 from qtvit.data import shards as shards_module
-from qtvit.data.classification import held_out_part
 from qtvit.data.images import relative_path, source_name
 from qtvit.data.shards import INDEX, PackedSplit, read_index
-from qtvit.deploy.held_out import held_out_samples
+from qtvit.tasks.classify.data import ImageDataset, held_out_part, load_labelled_images, read_split
+from qtvit.tasks.classify.held_out import held_out_samples
+from qtvit.tasks.classify.pack import pack_folder
+from qtvit.tasks.classify.unreadable import drop_broken, find_broken
 from qtvit_cli import main
 
 NAMES = ("0.png", "a.b.JPG", "sub/ü 2.jpeg", "10.webp", "9.png", "x.PNG")

@@ -15,10 +15,12 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from qtvit.data import load_labelled_images, open_image, pack_folder
+from qtvit.data import open_image
 from qtvit.data.sampling import StreamBatches, drawn_size
 from qtvit.data.shards import INDEX
-from qtvit.data.stream import ShardStream, remote_images
+from qtvit.tasks.classify.data import load_labelled_images
+from qtvit.tasks.classify.pack import pack_folder
+from qtvit.tasks.classify.stream import ShardStream, remote_images
 from qtvit_cli import main
 
 NUM_TRAIN, NUM_VAL = 60, 11

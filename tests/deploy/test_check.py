@@ -6,7 +6,7 @@ from torch import Tensor
 
 from qtvit.checkpoints import ModelInfo
 from qtvit.deploy.artifact import Artifact
-from qtvit.deploy.check import Case, Gain, Report, check, synthetic_images, time_in_turns
+from qtvit.deploy.parity import Case, Gain, Report, check, synthetic_images, time_in_turns
 from qtvit.deploy.runtimes import Runtime
 
 SURE = torch.tensor([[4.0, 0.0], [0.0, 4.0], [1.0, 1.05]])

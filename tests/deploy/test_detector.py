@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from qtvit.deploy.detector import DetectorReport, check_detector
 from qtvit.deploy.runtimes import Runtime
+from qtvit.tasks.detect.export import DetectorReport, check_detector
 
 BOX = (10.0, 10.0, 30.0, 30.0)
 

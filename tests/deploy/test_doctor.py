@@ -15,14 +15,14 @@ from PIL import Image
 from torch import Tensor, nn
 
 from qtvit.checkpoints import load_model, save_model
-from qtvit.deploy import ClassPredictor
-from qtvit.deploy.doctor import Report, examine
-from qtvit.deploy.doctor.int8 import SCHEMES, Calibration, fake_int8, fake_int8_weight
-from qtvit.deploy.doctor.measure import Ranges
-from qtvit.deploy.doctor.report import MIN_INT8_SNR, Operation, Run
-from qtvit.deploy.doctor.runs import layer_names, run_all
-from qtvit.deploy.doctor.text import lines
+from qtvit.doctor import Report, examine
+from qtvit.doctor.int8 import SCHEMES, Calibration, fake_int8, fake_int8_weight
+from qtvit.doctor.measure import Ranges
+from qtvit.doctor.report import MIN_INT8_SNR, Operation, Run
+from qtvit.doctor.runs import layer_names, run_all
+from qtvit.doctor.text import lines
 from qtvit.models import Architecture, QTViT
+from qtvit.tasks.classify.predict import ClassPredictor
 from qtvit_cli import main
 
 
@@ -428,7 +428,7 @@ def test_on_a_gpu(photos: Path) -> None:
 
 
 def test_the_embedded_digits_and_packed_folders(photos: Path, tmp_path: Path) -> None:
-    from qtvit.data import pack_folder
+    from qtvit.tasks.classify.pack import pack_folder
 
     pack_folder(photos, tmp_path / "packed")
     model = timm.create_model("test_resnet.r160_in1k", num_classes=3)

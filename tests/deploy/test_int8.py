@@ -8,9 +8,9 @@ import openvino
 import pytest
 
 import qtvit
-from qtvit.data import pack_folder
-from qtvit.deploy import check as check_module
+from qtvit.deploy import parity as check_module
 from qtvit.deploy.export import export_model
+from qtvit.tasks.classify.pack import pack_folder
 from qtvit_cli import main
 
 

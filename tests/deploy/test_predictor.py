@@ -9,10 +9,10 @@ from torch import Tensor
 
 import qtvit
 from qtvit.checkpoints import ModelInfo, save_model
-from qtvit.deploy import ClassPredictor
 from qtvit.deploy import predictor as predictor_module
 from qtvit.deploy.runtimes import Runtime
 from qtvit.models import build_model
+from qtvit.tasks.classify.predict import ClassPredictor
 
 
 def predictor(classes: list[str], **model_args: object) -> ClassPredictor:

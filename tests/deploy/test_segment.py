@@ -13,13 +13,19 @@ from torch.nn import functional as F
 
 import qtvit
 from qtvit.checkpoints import BEST, ModelInfo, save_model
-from qtvit.data import MaskClasses
-from qtvit.deploy import Segmentation, SegmentPredictor, Views
-from qtvit.deploy import segment as segment_module
-from qtvit.deploy.draw_segments import draw_segmentation
 from qtvit.deploy.export import export_model
-from qtvit.deploy.segment import SegmentPreprocess, mask_args, segment_pixels
-from qtvit.models import build_task_model
+from qtvit.tasks.segment import predict as segment_module
+from qtvit.tasks.segment.draw import draw_segmentation
+from qtvit.tasks.segment.masks import MaskClasses
+from qtvit.tasks.segment.model import build
+from qtvit.tasks.segment.predict import (
+    Segmentation,
+    SegmentPredictor,
+    SegmentPreprocess,
+    Views,
+    mask_args,
+    segment_pixels,
+)
 from qtvit_cli import main
 
 Randomize = Callable[[nn.Module, int], nn.Module]
@@ -134,7 +140,7 @@ def test_a_segmentation_in_pictures() -> None:
 def run(tiny: None, randomize: Randomize, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with a small segmenter."""
     task_args = {"head": "light", "aux": True, "channels": 8, "drop_rate": 0.1, "masks": mask_args(MEANING)}
-    model = randomize(build_task_model("segment", "qtvit_nano", {}, task_args), 0)
+    model = randomize(build("qtvit_nano", {}, task_args), 0)
     preprocess: dict[str, Any] = {
         "size": [16, 20],
         "img_size": None,

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from qtvit.checkpoints import ModelInfo
 from qtvit.deploy import fuse
 from qtvit.deploy.artifact import FORMATS, OUTPUT, Artifact
-from qtvit.deploy.check import Case
 from qtvit.deploy.formats import write
+from qtvit.deploy.parity import Case
 from qtvit.deploy.runtimes import OPENVINO_CONFIG, open_exported
-from qtvit.models.segmentation import HEADS, build_segmenter
+from qtvit.tasks.segment.model import HEADS, build_segmenter
 
 Randomize = Callable[[nn.Module, int], nn.Module]
 SIZES = [(32, 32), (37, 61), (48, 20)]

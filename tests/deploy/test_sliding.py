@@ -4,7 +4,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from qtvit.deploy.sliding import resized_labels, sliding_window
+from qtvit.tasks.segment.sliding import sliding_window
 
 NUM_CLASSES = 7
 
@@ -28,7 +28,7 @@ def whole(run: nn.Module, image: Tensor) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("window", [(97, 211), (97, 64), (40, 211), (33, 48), (200, 50), (7, 9)])
 @pytest.mark.parametrize("overlap", [0, 0.25, 0.6])
 def test_no_seams(image: Tensor, pointwise: nn.Module, window: tuple[int, int], overlap: float) -> None:
-    labels, scores = sliding_window(pointwise, image, NUM_CLASSES, window, overlap=overlap, batch_size=3)
+    labels, scores = sliding_window(pointwise, image, NUM_CLASSES, window, overlap=overlap)
     expected_labels, expected_scores = whole(pointwise, image)
     assert (labels.dtype, scores.dtype) == (torch.uint8, torch.float32)
     assert (labels == expected_labels).float().mean() > 0.999  # but for ties, to rounding
@@ -66,7 +66,7 @@ def test_weights_fall_to_the_edges() -> None:
     assert torch.allclose(scores[0], torch.stack([logits, 0 * logits]).softmax(0).amax(0), atol=1e-6)
 
 
-def test_windows_stay_within_the_image_and_batches_are_full(image: Tensor) -> None:
+def test_windows_stay_within_the_image(image: Tensor) -> None:
     shapes = []
 
     def run(windows: Tensor) -> Tensor:
@@ -74,8 +74,8 @@ def test_windows_stay_within_the_image_and_batches_are_full(image: Tensor) -> No
         assert torch.isin(windows, image).all()
         return torch.zeros(len(windows), 2, 1, 1)
 
-    sliding_window(run, image, 2, (64, 64), overlap=0.25, batch_size=3)
-    assert shapes == 2 * [(3, 3, 64, 64), (2, 3, 64, 64)]  # five on 211 pixels, as four are 49 apart
+    sliding_window(run, image, 2, (64, 64), overlap=0.25)
+    assert shapes == 10 * [(1, 3, 64, 64)]  # five on 211 pixels, as four are 49 apart
 
 
 def test_fixed_windows_are_padded(image: Tensor, pointwise: nn.Module) -> None:
@@ -92,31 +92,12 @@ def test_fixed_windows_are_padded(image: Tensor, pointwise: nn.Module) -> None:
     assert (labels == whole(pointwise, image)[0]).float().mean() > 0.999
 
 
-def test_batches_of_images(image: Tensor, pointwise: nn.Module) -> None:
-    images = torch.stack([image, image.flip(2)])
-    labels, scores = sliding_window(pointwise, images, NUM_CLASSES, (64, 64))
-    for i, one in enumerate(images):
-        expected = sliding_window(pointwise, one, NUM_CLASSES, (64, 64))
-        assert torch.equal(labels[i], expected[0])
-        assert torch.equal(scores[i], expected[1])
-
-
 def test_many_classes(image: Tensor) -> None:
     labels, _ = sliding_window(
         lambda x: torch.eye(300)[[299]][:, :, None, None].expand(len(x), -1, 4, 4), image, 300, (64, 64)
     )
     assert labels.dtype == torch.int16
     assert (labels == 299).all()
-
-
-@pytest.mark.parametrize("size", [(97, 211), (25, 300), (3, 3), (1, 1)])
-def test_resized_labels(size: tuple[int, int]) -> None:
-    logits = torch.randn(NUM_CLASSES, 25, 53)
-    labels, scores = resized_labels(logits, size)
-    expected = F.interpolate(logits[None], size, mode="bilinear", align_corners=False)[0]
-    assert labels.shape == size
-    assert torch.allclose(scores, expected.softmax(0).amax(0), atol=1e-5)
-    assert (labels == expected.argmax(0)).float().mean() > 0.999
 
 
 class LargestTensor(TorchDispatchMode):
@@ -162,7 +143,6 @@ def test_a_large_window_of_small_logits_is_bounded_too() -> None:
         ({"overlap": 1.0}, "the overlap of windows must be from 0 to below 1, got 1.0"),
         ({"overlap": -0.1}, "the overlap of windows must be from 0 to below 1, got -0.1"),
         ({"window": (0, 64)}, "a window must have 1 x 1 pixels or more, got 0 x 64"),
-        ({"batch_size": 0}, "the batch size must be 1 or more, got 0"),
         ({"num_classes": 8}, r"expected logits of shape \(1, 8, h, w\), got \(1, 7, 64, 64\)"),
     ],
 )

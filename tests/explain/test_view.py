@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 import qtvit
 from qtvit.checkpoints import ModelInfo
-from qtvit.deploy import ClassPredictor
 from qtvit.explain import attention, focus, look
 from qtvit.layers import LinearAttention
 from qtvit.models import Architecture, QTViT, build_model
 from qtvit.ops import KERNELS, reference_attention
+from qtvit.tasks.classify.predict import ClassPredictor
 
 POINTS = [(0, 0), (50, 20), (98.5, 39), (30, 35)]
 

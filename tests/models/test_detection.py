@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import box_iou
 
-from qtvit.models import Architecture, build_detector, build_model, load_backbone
+from qtvit.models import Architecture, build_model, load_backbone
 from qtvit.models import qtvit as variants
-from qtvit.models.detection import StrideAnchors
+from qtvit.tasks.detect.model import StrideAnchors, build_detector
 
 Architectures = Mapping[str, Architecture]
 

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from qtvit.models import ARCHITECTURES, Architecture
 from qtvit.models.build import build_model
-from qtvit.models.segmentation import HEADS, POOL_BINS, Segmenter, average_bins, build_segmenter, resize
+from qtvit.tasks.segment.model import HEADS, POOL_BINS, Segmenter, average_bins, build_segmenter, resize
 
 Randomize = Callable[[nn.Module, int], nn.Module]
 SHRUNKEN = {"b": "qtvit_1", "l": "qtvit_4", "nano": "qtvit_nano"}
@@ -270,6 +270,6 @@ def test_a_backbone_with_one_map(
 ) -> None:
     nano = build_model("qtvit_nano")
     del nano.feature_info[:2]
-    monkeypatch.setattr("qtvit.models.segmentation.build_model", lambda _: nano)
+    monkeypatch.setattr("qtvit.tasks.segment.model.build_model", lambda _: nano)
     with pytest.raises(ValueError, match=f"qtvit_nano gives one feature map, and {message}"):
         build_segmenter("qtvit_nano", num_classes=5, head=head, aux=aux)

@@ -13,8 +13,8 @@ import time
 from typing import Any
 from unittest import mock
 
+from qtvit.tasks.classify.train import Classifier
 from qtvit.training.callbacks import SaveState
-from qtvit.training.classify import Classifier
 from qtvit_cli import main
 
 TRAINING_STEP = Classifier.training_step
@@ -40,8 +40,8 @@ def _step_with(what: str, call: int) -> Any:
 for command, event in json.loads(sys.argv[1]):
     with (
         mock.patch.object(Classifier, "training_step", _step_with(*event) if event else TRAINING_STEP),
-        mock.patch("qtvit.training.classify.plot_curves"),
-        mock.patch("qtvit.training.classify.write_report"),
+        mock.patch("qtvit.training.job.plot_curves"),
+        mock.patch("qtvit.tasks.classify.train.write_report"),
     ):
         code = main(command.split())
     if os.environ["RANK"] == "0":

@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from qtvit.training.classify_config import AugmentConfig, ClassifyConfig, ClassifyEma, ClassifyOptim
+from qtvit.tasks.classify.config import AugmentConfig, ClassifyConfig, ClassifyEma, ClassifyOptim
 from qtvit.training.run import build_trainer
 from qtvit.training.task import Task
 

@@ -16,12 +16,14 @@ import yaml
 from filelock import FileLock
 from PIL import Image
 
+from qtvit.ablation import run as ablation
+from qtvit.ablation.run import Ablation, plan_ablation, run_ablation
 from qtvit.checkpoints import load_model
 from qtvit.models.build import ModelCost
-from qtvit.training import ablation, callbacks, classify
-from qtvit.training.ablation import Ablation, plan_ablation, run_ablation
+from qtvit.tasks.classify import train as classify
+from qtvit.tasks.classify.config import ClassifyConfig
+from qtvit.training import callbacks, job
 from qtvit.training.callbacks import History
-from qtvit.training.classify_config import ClassifyConfig
 from qtvit_cli import main
 
 OPTIONS = (
@@ -45,7 +47,7 @@ def _quick_reports() -> Iterator[None]:
     load_labelled_images = classify.load_labelled_images
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(classify, "write_report", lambda *args: None)
-        patch.setattr(classify, "plot_curves", lambda *args: None)
+        patch.setattr(job, "plot_curves", lambda *args: None)
         patch.setattr(classify, "load_labelled_images", load)
         patch.setattr(classify, "model_cost", lambda *args: ModelCost(440_000, 41_000_000))
         yield
@@ -58,9 +60,9 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     def run_training(config: ClassifyConfig) -> Any:
         names.append(Path(config.resume or config.output or "").name)
-        return classify.run_training(config)
+        return job.train(config)
 
-    monkeypatch.setattr(ablation, "run_training", run_training)
+    monkeypatch.setattr(ablation, "train", run_training)
     return names
 
 

@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
+from qtvit.ablation.report import paired_difference, summarize, write_results
+from qtvit.ablation.tables import TABLES, get_table
 from qtvit.ops import KERNELS
-from qtvit.training.ablation_report import paired_difference, summarize, write_results
-from qtvit.training.ablation_tables import TABLES, get_table
 
 
 def test_the_tables_are_those_of_the_paper() -> None:

@@ -16,9 +16,9 @@ from torch.utils.data import DataLoader
 from qtvit.checkpoints import load_model
 from qtvit.data.sampling import Key
 from qtvit.models import Architecture, QTViT
+from qtvit.tasks.classify.train import Classifier
 from qtvit.training import job
 from qtvit.training.callbacks import LAST, EstimateBatchNorm
-from qtvit.training.classify import Classifier
 from qtvit.training.optim import batch_norms
 from qtvit_cli import main
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from pycocotools import mask
 
-from qtvit.data import load_held_out
-from qtvit.training.coco_eval import FIGURES, GroundTruth
+from qtvit.tasks.detect.coco_eval import FIGURES, GroundTruth
+from qtvit.tasks.detect.data import load_held_out
 
 from ..data.coco_folder import annotation, annotation_file, write_coco
 

@@ -17,8 +17,8 @@ from PIL import Image
 
 import qtvit
 from qtvit.checkpoints import load_model, save_model
-from qtvit.data import load_labelled_images
-from qtvit.deploy.held_out import held_out_samples
+from qtvit.tasks.classify.data import load_labelled_images
+from qtvit.tasks.classify.held_out import held_out_samples
 from qtvit_cli import main
 
 from .conftest import COLORS, draw

@@ -3,10 +3,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from qtvit.training.classify_config import ClassifyConfig
+from qtvit import tasks
+from qtvit.tasks.classify.config import ClassifyConfig
 from qtvit.training.options import parse_config, recipe_names, save_config
-from qtvit.training.tasks import config_class
-from qtvit_cli.train import TASKS
 
 
 def test_options_win_over_the_recipe_whatever_their_order() -> None:
@@ -38,9 +37,9 @@ def test_the_saved_configuration_is_a_recipe(tmp_path: Path) -> None:
     assert parse_config(["--recipe", str(tmp_path / "config.yaml")], ClassifyConfig) == config
 
 
-@pytest.mark.parametrize(("task", "name"), [(task, name) for task in TASKS for name in recipe_names(task)])
+@pytest.mark.parametrize(("task", "name"), [(task, name) for task in tasks.TASKS for name in recipe_names(task)])
 def test_shipped_recipes_parse(task: str, name: str) -> None:
-    parse_config(["--recipe", name, "--data", "d", "--checkpoint", "RUN"], config_class(task))
+    parse_config(["--recipe", name, "--data", "d", "--checkpoint", "RUN"], tasks.get(task).load("config"))
 
 
 OFF = [

@@ -19,11 +19,11 @@ from pycocotools.cocoeval import COCOeval
 
 import qtvit
 from qtvit.checkpoints import load_model
-from qtvit.data import load_detection_data
-from qtvit.deploy import DetectPredictor
-from qtvit.models import Detector
-from qtvit.training.coco_eval import FIGURES
-from qtvit.training.detect import DetectTask
+from qtvit.tasks.detect.coco_eval import FIGURES
+from qtvit.tasks.detect.data import load_detection_data
+from qtvit.tasks.detect.model import Detector
+from qtvit.tasks.detect.predict import DetectPredictor
+from qtvit.tasks.detect.train import DetectTask
 from qtvit.training.optim import batch_norms
 from qtvit_cli import main
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from qtvit.models.build import ModelCost
-from qtvit.training import classify
+from qtvit.tasks.classify import train as classify
+from qtvit.tasks.classify.train import Classifier
 from qtvit.training.callbacks import EstimateBatchNorm
-from qtvit.training.classify import Classifier
 from qtvit_cli import main
 
 from .compare import same_end

@@ -10,10 +10,10 @@ from torch import nn
 from torchmetrics.functional.classification import multiclass_calibration_error
 
 from qtvit.models import build_model
-from qtvit.training.evaluate import ClassScores, Evaluation
+from qtvit.tasks.classify.evaluate import ClassScores, Evaluation
+from qtvit.tasks.classify.plots import plot_calibration, plot_confusion, plot_mistakes
+from qtvit.tasks.classify.report import class_table, headline, write_report
 from qtvit.training.optim import parameter_groups, warmup_cosine
-from qtvit.training.plots import plot_calibration, plot_confusion, plot_mistakes
-from qtvit.training.report import class_table, headline, write_report
 
 
 def by_hand() -> Evaluation:
@@ -167,7 +167,7 @@ def test_a_report_holds_what_the_evaluation_says(tmp_path: Path) -> None:
 def test_without_mistakes_the_least_certain_are_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shown = {}
     monkeypatch.setattr(
-        "qtvit.training.plots.contact_sheet", lambda tiles, title: shown.update(x=(tiles, title)) or tile
+        "qtvit.tasks.classify.plots.contact_sheet", lambda tiles, title: shown.update(x=(tiles, title)) or tile
     )
     tile = Image.new("RGB", (8, 8))
     probabilities = torch.tensor([[0.9, 0.1], [0.4, 0.6], [0.2, 0.8]])

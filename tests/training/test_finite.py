@@ -13,10 +13,11 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor, nn
 
-from qtvit.data import EvalTransform, ImageDataset, load_labelled_images
+from qtvit.data import EvalTransform
 from qtvit.data.sampling import EpochBatches
 from qtvit.models import Architecture, QTViT
-from qtvit.training.classify import Classifier
+from qtvit.tasks.classify.data import ImageDataset, load_labelled_images
+from qtvit.tasks.classify.train import Classifier
 from qtvit.training.finite import BAD_BATCH, StopAtNonFinite
 from qtvit.training.run import build_trainer, clean_up
 from qtvit_cli import main
@@ -124,7 +125,7 @@ def test_the_layer_the_images_and_no_step(
 
 
 def test_without_a_bad_layer_it_is_the_loss(network: QTViT, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qtvit.training.classify.classification_loss", lambda logits, *_: logits.sum() * torch.inf)
+    monkeypatch.setattr("qtvit.tasks.classify.train.classification_loss", lambda logits, *_: logits.sum() * torch.inf)
     with pytest.raises(FloatingPointError, match="first bad layer: the loss itself"):
         fit(Classifier(network, NUM_CLASSES, configured()), random_batches(1, BATCH_SIZE), tmp_path, stopping(tmp_path))
 

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from qtvit.models import Architecture, QTViT
+from qtvit.tasks.classify.train import Classifier
 from qtvit.training.callbacks import LAST
-from qtvit.training.classify import Classifier
 from qtvit.training.finite import StopAtNonFinite
 from qtvit_cli import main
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from qtvit.training import mixing
-from qtvit.training.mixing import blend, mix, paste, soft_targets
+from qtvit.tasks.classify import mixing
+from qtvit.tasks.classify.mixing import blend, mix, paste, soft_targets
 
 
 def batch(num: int = 4, height: int = 6, width: int = 8) -> tuple[Tensor, Tensor]:

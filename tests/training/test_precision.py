@@ -11,8 +11,8 @@ from torch._dynamo.testing import CompileCounter
 
 from qtvit.bench.train import bytes_kept
 from qtvit.models import QTViT
-from qtvit.training.classify import Classifier
-from qtvit.training.classify_config import ClassifyConfig
+from qtvit.tasks.classify.config import ClassifyConfig
+from qtvit.tasks.classify.train import Classifier
 from qtvit_cli import main
 
 from .fit import NUM_CLASSES, Batch, configured, fit, random_batches

@@ -17,9 +17,9 @@ from torch.nn import functional as F
 from qtvit.data.sampling import seed_everywhere
 from qtvit.layers import DropPath
 from qtvit.models import QTViT
-from qtvit.training import mixing
-from qtvit.training.classify import Classifier, classification_loss
-from qtvit.training.classify_config import ClassifyConfig
+from qtvit.tasks.classify import mixing
+from qtvit.tasks.classify.config import ClassifyConfig
+from qtvit.tasks.classify.train import Classifier, classification_loss
 from qtvit.training.config import OptimConfig
 from qtvit.training.optim import make_optimizer
 

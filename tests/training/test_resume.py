@@ -11,8 +11,8 @@ import torch
 from filelock import FileLock
 
 from qtvit.device import ignore_interrupts
+from qtvit.tasks.classify.train import Classifier
 from qtvit.training.callbacks import LAST, PREVIOUS, EstimateBatchNorm
-from qtvit.training.classify import Classifier
 from qtvit_cli import main
 
 from .compare import same_end

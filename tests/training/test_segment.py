@@ -16,10 +16,10 @@ from torch.utils.data import default_collate
 
 import qtvit
 from qtvit.checkpoints import ModelInfo, load_model, save_model
-from qtvit.deploy import SegmentPredictor
 from qtvit.models import ARCHITECTURES, Architecture, build_model
-from qtvit.training.segment import SegmentJob, SegmentTask
-from qtvit.training.segment_config import SegmentConfig
+from qtvit.tasks.segment.config import SegmentConfig
+from qtvit.tasks.segment.predict import SegmentPredictor
+from qtvit.tasks.segment.train import SegmentJob, SegmentTask
 from qtvit_cli import main
 
 from .compare import same_end

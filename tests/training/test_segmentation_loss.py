@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from qtvit.training.segmentation_loss import SegmentationLoss, balanced_weights, dice_loss, hard_pixels
+from qtvit.tasks.segment.loss import SegmentationLoss, balanced_weights, dice_loss, hard_pixels
 
 NUM_CLASSES = 4
 WEIGHTS = torch.tensor([1.0, 0.5, 2.0, 0.0])

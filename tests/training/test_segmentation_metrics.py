@@ -2,8 +2,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from qtvit.deploy.segment_scores import RegionScores, SegmentationScores
-from qtvit.training.segmentation_metrics import SegmentationConfusion
+from qtvit.tasks.segment.metric import SegmentationConfusion
+from qtvit.tasks.segment.scores import RegionScores, SegmentationScores
 
 CLASSES = ("sky", "road", "car", "bus", "dog")
 

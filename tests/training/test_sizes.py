@@ -8,11 +8,12 @@ import pytest
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from qtvit.data import TrainTransform
 from qtvit.data.sampling import derived_seed
+from qtvit.tasks.classify.config import ClassifyConfig
+from qtvit.tasks.classify.train import Classifier
+from qtvit.tasks.classify.transforms import TrainTransform
 from qtvit.training.callbacks import EstimateBatchNorm
-from qtvit.training.classify import Classifier, run_training
-from qtvit.training.classify_config import ClassifyConfig
+from qtvit.training.job import train
 from qtvit.training.options import make_config
 from qtvit_cli import main
 
@@ -90,7 +91,7 @@ def test_parts_of_the_data_are_switched_off_alone(
     augment = {**OPTIONS["augment"], **off.get("augment", {})}
     options = {**OPTIONS, **off, "augment": augment}
     with pytest.raises(Stop):
-        run_training(make_config(ClassifyConfig, data=str(photos), **options))
+        train(make_config(ClassifyConfig, data=str(photos), **options))
     transforms: list[TrainTransform] = [dataset.transform for dataset in found["data"].datasets]
     steps = [{type(step).__name__ for step in transform.augment.transforms} for transform in transforms]
     assert [transform.augment.transforms[0].size for transform in transforms] == sizes

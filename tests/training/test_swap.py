@@ -16,17 +16,19 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from qtvit.checkpoints import ModelInfo, load_model, save_model
-from qtvit.data import Preprocess, load_labelled_images
-from qtvit.deploy import ClassPredictor
+from qtvit.data import Preprocess
 from qtvit.models import QTViT, build_model
 from qtvit.models.build import ModelCost
-from qtvit.training import classify, plots
+from qtvit.tasks.classify import train as classify
+from qtvit.tasks.classify.config import ClassifyConfig, DistillConfig
+from qtvit.tasks.classify.data import load_labelled_images
+from qtvit.tasks.classify.distill import Distillation, attention_stages, feature_loss, logit_loss
+from qtvit.tasks.classify.evaluate import evaluate
+from qtvit.tasks.classify.mixing import soft_targets
+from qtvit.tasks.classify.predict import ClassPredictor
+from qtvit.tasks.classify.train import CURVES, Classifier, classification_loss
+from qtvit.training import plots
 from qtvit.training.callbacks import LAST
-from qtvit.training.classify import Classifier, classification_loss
-from qtvit.training.classify_config import ClassifyConfig, DistillConfig
-from qtvit.training.distill import Distillation, attention_stages, feature_loss, logit_loss
-from qtvit.training.evaluate import evaluate
-from qtvit.training.mixing import soft_targets
 from qtvit.training.options import parse_config
 from qtvit_cli import main
 
@@ -118,7 +120,7 @@ def test_epoch_0_is_the_swapped_checkpoint(photos: Path, source: Path, tmp_path:
 def test_curves_begin_at_epoch_0(swapped: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     figures: list[Figure] = []
     monkeypatch.setattr(plots, "save", lambda figure, out: figures.append(figure))
-    plots.plot_curves(swapped / "metrics.csv", tmp_path / "curves.png")
+    plots.plot_curves(swapped / "metrics.csv", tmp_path / "curves.png", CURVES)
     lines = {line.get_label(): list(line.get_xdata()) for line in figures[0].axes[0].lines}
     assert lines == {"training": [1, 2], "held out": [0, 1, 2]}
 

@@ -7,9 +7,9 @@ import timm
 import torch
 from torch import Tensor
 
+from qtvit.ablation.table3 import TABLE3_KERNELS, drawn_terms, table3_kernels
 from qtvit.models import build_model, model_cost
 from qtvit.ops import KERNELS, linear_attention
-from qtvit.training.table3 import TABLE3_KERNELS, drawn_terms, table3_kernels
 
 SHAPE = (2, 3, 35, 16)
 
@@ -115,5 +115,5 @@ def test_the_kernels_are_there_within_their_context_only() -> None:
         assert timm.create_model("qtvit_nano", kernel="table3_pool2").kernel == "table3_pool2"
     assert before == KERNELS
     assert not before.keys() & TABLE3_KERNELS.keys()
-    with pytest.raises(ValueError, match=r"'table3_pool2' .* within qtvit\.training\.table3\.table3_kernels\(\)"):
+    with pytest.raises(ValueError, match=r"'table3_pool2' .* within qtvit\.ablation\.table3\.table3_kernels\(\)"):
         build_model("qtvit_nano", kernel="table3_pool2")

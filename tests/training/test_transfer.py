@@ -12,8 +12,8 @@ from torch import nn
 import qtvit
 from qtvit.checkpoints import load_model
 from qtvit.models import build_model
-from qtvit.training.classify import Classifier, class_weights
-from qtvit.training.classify_config import ClassifyConfig
+from qtvit.tasks.classify.config import ClassifyConfig
+from qtvit.tasks.classify.train import Classifier, class_weights
 from qtvit.training.optim import freeze, parameter_groups
 from qtvit.training.options import make_config, parse_config
 from qtvit_cli import main

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import numpy as np
 
+from qtvit.data.folders import VAL_FOLDERS, data_folder, find_train_folder, find_val_folder
+from qtvit.data.images import ImageFile, find_files, for_each_image, is_image, open_image, read_file
+from qtvit.data.problems import NUM_SHOWN, problem_lines, verdict
+from qtvit.data.shards import is_packed, read_index
 from qtvit.errors import some
 
-from .broken import for_each_image
-from .classification import VAL_FOLDERS, class_folders, data_folder, find_train_folder, find_val_folder
-from .images import ImageFile, find_files, is_image, open_image, read_file
-from .problems import NUM_SHOWN, problem_lines, verdict
-from .shards import is_packed, read_index
+from .data import class_folders
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ def check_data(data: str, *, num_threads: int = 8, min_side: int = 32) -> DataRe
     """Read every image of a folder, plain or packed, and report all problems at once.
 
     Args:
-        data: as for `qtvit.data.load_labelled_images`, but no problem with what is in it stops the check.
+        data: as for `load_labelled_images`, but no problem with what is in it stops the check.
         num_threads: that read images.
         min_side: of images in pixels; smaller ones are reported.
 

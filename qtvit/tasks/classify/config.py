@@ -3,9 +3,8 @@
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
-from qtvit.data.transforms import parse_size
-
-from .config import EmaConfig, OptimConfig, TrainConfig, require
+from qtvit.data.preprocess import parse_size
+from qtvit.training.config import EmaConfig, OptimConfig, TrainConfig, require
 
 
 @dataclass

@@ -6,14 +6,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from qtvit.errors import some
-
-from .images import (
+from qtvit.data.digits import DIGITS, load_digits
+from qtvit.data.folders import VAL_FOLDERS, data_folder, find_train_folder, find_val_folder
+from qtvit.data.images import (
     IMAGE_SUFFIXES,
     ImageFile,
     ImageSource,
@@ -24,13 +23,11 @@ from .images import (
     open_image,
     relative_path,
 )
-from .shards import is_packed, read_index
+from qtvit.data.shards import is_packed, read_index
+from qtvit.data.split import Sample, stratified_split
+from qtvit.errors import some
 
-Sample = tuple[ImageSource, int]
 LabelledFile = tuple[Path, int]
-TRAIN_FOLDERS = ("train", "training")
-VAL_FOLDERS = ("val", "valid", "validation", "test")
-DIGITS = "digits"
 
 
 @dataclass(frozen=True)
@@ -96,7 +93,7 @@ def load_labelled_images(
     """
     split: dict[str, Any] = {"val_fraction": val_fraction, "seed": seed}
     if data == DIGITS:
-        classes, samples = _digits()
+        classes, samples = load_digits()
         train, val = stratified_split(samples, **split)
         return LabelledImages(DIGITS, classes, choose(train, train_images), val, {**split, "data": DIGITS})
     if "://" in data:
@@ -151,24 +148,6 @@ def read_folders(root: Path) -> ImageFolders:
     return ImageFolders(classes, train_root, train, val_root, val)
 
 
-def data_folder(data: str, task: str = "classify") -> Path:
-    """``data`` as a path to a folder that is there, or the error that tells what else a user can give for ``task``."""
-    root = Path(data)
-    if root.is_file():
-        raise ValueError(f"{data}: a file, where a folder of images is expected; unpack it if it is an archive")
-    if not root.is_dir():
-        sample = f"'{DIGITS}' for the built-in data"
-        if task != "classify":
-            sample = f"draw one: qtvit data scenes DIR --task {task}"
-        raise FileNotFoundError(f"{data}: no such folder (give a folder of images, or {sample})")
-    return root
-
-
-def find_val_folder(root: Path) -> Path | None:
-    """The folder of held-out images in ``root``: the first there is of val, valid, validation, test, in any case."""
-    return _find_folder(root, VAL_FOLDERS)
-
-
 def read_split(folder: Path, classes: Sequence[str]) -> list[Sample]:
     """The images of ``folder/CLASS/``, or of the held-out part (else all) of a packed folder.
 
@@ -199,35 +178,6 @@ def _label_of(folder: Path, found: Sequence[str], classes: Sequence[str]) -> dic
             f"{some(classes)}{_proposal(folder, found)}"
         )
     return label_of
-
-
-def stratified_split(
-    samples: Sequence[Sample], val_fraction: float, seed: int, root: Path | None = None
-) -> tuple[list[Sample], list[Sample]]:
-    """Hold out ``val_fraction`` of every class (at least one image, at most all but one) into a second list.
-
-    Who is held out follows from a hash of the seed and the path below ``root`` (or the position, without one). So it
-    does not change when the folder moves, and hardly when images are added or removed.
-    """
-
-    def order(item: tuple[int, Sample]) -> bytes:
-        position, (source, _) = item
-        name = relative_path(source, root) if root and isinstance(source, ImageFile) else str(position)
-        return hashlib.sha256(f"{seed}/{name}".encode()).digest()
-
-    by_class: dict[int, list[Sample]] = {}
-    for _, sample in sorted(enumerate(samples), key=order):
-        by_class.setdefault(sample[1], []).append(sample)
-    train: list[Sample] = []
-    val: list[Sample] = []
-    for label in sorted(by_class):
-        members = by_class[label]
-        if len(members) < 2:
-            raise ValueError(f"{members[0][0]!s}: the only image of its class; two or more are needed to hold some out")
-        num_val = min(max(round(len(members) * val_fraction), 1), len(members) - 1)
-        val += members[:num_val]
-        train += members[num_val:]
-    return train, val
 
 
 def choose(samples: Sequence[Sample], num_images: int | None, root: Path | None = None) -> list[Sample]:
@@ -304,16 +254,6 @@ def _read_packed(root: Path) -> tuple[tuple[str, ...], list[Sample], list[Sample
     return index.classes, samples["train"], samples.get("val")
 
 
-def find_train_folder(root: Path) -> Path | None:
-    """The folder of training images in ``root``: train or training, in any case."""
-    return _find_folder(root, TRAIN_FOLDERS)
-
-
-def _find_folder(root: Path, names: Sequence[str]) -> Path | None:
-    folders = {path.name.lower(): path for path in root.iterdir() if path.is_dir()}
-    return next((folders[name] for name in names if name in folders), None)
-
-
 def _read_training_folder(root: Path) -> tuple[tuple[str, ...], list[LabelledFile]]:
     classes, samples = _read_class_folders(root)
     if len(classes) == 1:
@@ -348,12 +288,3 @@ def _proposal(root: Path, classes: Sequence[str]) -> str:
     if len(classes) == 1 and (below := class_folders(root / classes[0])):
         return f" (did you mean {root / classes[0]}, with the folders {some(below)}?)"
     return ""
-
-
-def _digits() -> tuple[tuple[str, ...], list[Sample]]:
-    from sklearn.datasets import load_digits
-
-    bunch = load_digits()
-    pixels = (bunch.images * (255 / 16)).round().astype(np.uint8)
-    labelled = zip(pixels, bunch.target, strict=True)
-    return tuple(map(str, bunch.target_names)), [(Image.fromarray(image), int(label)) for image, label in labelled]

@@ -17,7 +17,7 @@ from qtvit.checkpoints.model_file import ATTENTION_ARGS
 from qtvit.errors import some
 from qtvit.models import QTViT, check_img_size
 
-from .classify_config import ClassifyConfig
+from .config import ClassifyConfig
 
 
 class Distillation:

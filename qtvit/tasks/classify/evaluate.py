@@ -11,9 +11,10 @@ from torch.utils.data import DataLoader
 from torchmetrics.functional.classification import multiclass_accuracy, multiclass_confusion_matrix
 
 from qtvit.console import progress
-from qtvit.data import ImageDataset
-from qtvit.data.classification import Sample
-from qtvit.deploy import ClassPredictor
+from qtvit.data.split import Sample
+
+from .data import ImageDataset
+from .predict import ClassPredictor
 
 NUM_BINS = 15
 """Of confidence, for the calibration error; Guo et al. 2017 use as many."""

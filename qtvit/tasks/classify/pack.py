@@ -11,11 +11,12 @@ from pathlib import Path
 import numpy as np
 
 from qtvit import console
+from qtvit.data.folders import data_folder
+from qtvit.data.images import file_size, read_file, relative_path
+from qtvit.data.shards import BLOCK, INDEX, PackedSplit, Shard, ShardIndex, is_packed, member_name, write_index
 from qtvit.files import open_folder, replacing
 
-from .classification import LabelledFile, data_folder, read_folders
-from .images import file_size, read_file, relative_path
-from .shards import BLOCK, INDEX, PackedSplit, Shard, ShardIndex, is_packed, member_name, write_index
+from .data import LabelledFile, read_folders
 
 
 def pack_folder(folder: str, out: Path, shard_bytes: int = 256_000_000) -> ShardIndex:
@@ -26,12 +27,12 @@ def pack_folder(folder: str, out: Path, shard_bytes: int = 256_000_000) -> Shard
     folder. The same folder gives the same bytes.
 
     Args:
-        folder: in one of the layouts of `qtvit.data.load_labelled_images`; one without a val part stays without.
+        folder: in one of the layouts of `load_labelled_images`; one without a val part stays without.
         out: to create; may be there if it is empty.
         shard_bytes: about the size of a shard; one image makes it larger if that alone is.
 
     Raises:
-        FileNotFoundError, ValueError: as `qtvit.data.load_labelled_images`; ``out`` is not empty, or in ``folder``.
+        FileNotFoundError, ValueError: as `load_labelled_images`; ``out`` is not empty, or in ``folder``.
         OSError: an image cannot be read, or ``out`` not be written to. What was written is removed then.
     """
     root = data_folder(folder)

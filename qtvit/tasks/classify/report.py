@@ -7,17 +7,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 
-from qtvit.data.classification import Sample
-from qtvit.deploy.annotate import shorten
+from qtvit.console import shorten
+from qtvit.data.split import Sample
 from qtvit.files import write_text
+from qtvit.training.tables import MAX_ROWS, NAME_CHARS, NUM_WORST
 
 from .evaluate import ClassScores, Evaluation
 from .plots import plot_calibration, plot_confusion, plot_mistakes, plot_predictions
-
-NAME_CHARS = 30
-"""Characters of a class name in the table."""
-MAX_ROWS, NUM_WORST = 20, 10
-"""Classes up to which the table has all of them, and how many it has otherwise."""
 
 
 def write_report(

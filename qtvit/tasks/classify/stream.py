@@ -2,7 +2,7 @@
 
 Shards are read from front to back by the ``webdataset`` package, and shuffled in two steps: their order, and the images
 in a buffer. What is streamed follows from (seed, epoch, rank, worker), so an epoch can be repeated, but not entered in
-the middle. Where the shards are on a disk, `qtvit.data.load_labelled_images` shuffles perfectly, and resumes anywhere.
+the middle. Where the shards are on a disk, `load_labelled_images` shuffles perfectly, and resumes anywhere.
 """
 
 import functools
@@ -23,12 +23,13 @@ from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from qtvit import console
+from qtvit.data.images import any_size, open_image
+from qtvit.data.sampling import derived_seed, drawn_size, seed_everywhere
+from qtvit.data.shards import INDEX, ShardIndex, parse_index
+from qtvit.data.split import Sample
 from qtvit.files import open_folder, replacing
 
-from .classification import LabelledImages, Sample
-from .images import any_size, open_image
-from .sampling import derived_seed, drawn_size, seed_everywhere
-from .shards import INDEX, ShardIndex, parse_index
+from .data import LabelledImages
 
 
 class ShardStream(IterableDataset[tuple[Tensor, int]]):

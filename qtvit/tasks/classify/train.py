@@ -1,6 +1,5 @@
 """Training a classifier: configuration in, run folder out."""
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -16,53 +15,49 @@ from torch.utils.data import DataLoader
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
-from qtvit import console
-from qtvit.checkpoints import WEIGHT_SOURCES, ModelInfo, load_model, own_args
+from qtvit.checkpoints import ModelInfo, load_model, own_args
 from qtvit.checkpoints.model_file import ATTENTION_ARGS
-from qtvit.data import (
-    DIGITS,
-    ImageDataset,
-    LabelledImages,
-    Preprocess,
-    TrainTransform,
-    drop_broken,
-    load_labelled_images,
-)
+from qtvit.data import Preprocess
 from qtvit.data.sampling import FirstBatches, StreamBatches
-from qtvit.deploy import ClassPredictor
 from qtvit.device import processes
-from qtvit.errors import some
-from qtvit.files import write_text
 from qtvit.models import ARCHITECTURES, build_model, check_img_size, model_cost
-
-from .classify_config import AugmentConfig, ClassifyConfig
-from .config import DEFAULT_MODEL
-from .distill import Distillation, load_distillation
-from .evaluate import evaluate
-from .job import (
-    SUMMARY,
+from qtvit.training.config import DEFAULT_MODEL
+from qtvit.training.job import (
     Job,
     Loaders,
     Speed,
     Summary,
     bn_plan,
-    check_counts,
+    check_model,
     loader_options,
     make_loaders,
-    run_job,
-    with_workers,
+    say_new_classifier,
 )
+from qtvit.training.options import absolute
+from qtvit.training.task import Task
+
+from .config import AugmentConfig, ClassifyConfig
+from .data import ImageDataset, LabelledImages, load_labelled_images
+from .distill import Distillation, load_distillation
+from .evaluate import evaluate
 from .mixing import mix, soft_targets
-from .options import absolute
-from .plots import plot_curves
+from .predict import ClassPredictor
 from .report import write_report
-from .task import Task
+from .transforms import TrainTransform
+from .unreadable import drop_broken
 
 EPOCH_COLUMNS = {
     "train/loss": "loss {:.4f}",
     "val/loss": "held-out loss {:.4f}",
     "val/top1": "top-1 {:.2f} %",
     "val/raw_top1": "not averaged {:.2f} %",
+}
+
+
+CURVES = {
+    "Loss": {"training": "train/loss", "held out": "val/loss"},
+    "Accuracy (%)": {"top-1": "val/top1", "top-5": "val/top5"},
+    "Learning rate": {"": "lr"},
 }
 
 
@@ -225,16 +220,21 @@ class ClassifyJob(Job[ClassifyConfig, RunSummary]):
     score = "top-1"
     columns = EPOCH_COLUMNS
 
-    def __init__(self, config: ClassifyConfig, device: torch.device, past: dict[str, Any]) -> None:
-        self.data = data = read_data(config, past)
-        config = with_workers(config, config.data == DIGITS)
+    curves = CURVES
+
+    def read_data(self, config: ClassifyConfig) -> LabelledImages:
+        return read_data(config)
+
+    def build(self, config: ClassifyConfig, data: LabelledImages) -> tuple[nn.Module, ModelInfo]:
+        return build_classifier(config, data)
+
+    def set_up(self, model: Any, device: torch.device, past: dict[str, Any]) -> None:
+        config, data = self.config, self.data
         if past.get("stream_workers") not in (None, config.num_workers):
             raise ValueError(
                 f"--num-workers {config.num_workers} cannot change for a stream, whose order depends on it: "
                 f"{config.resume} had {past['stream_workers']}"
             )
-        model, self.info = _build_again(past) if past else build_classifier(config, data)
-        self.config = config = replace(config, model=self.info.model)
         preprocess = Preprocess(**self.info.preprocess)
         sizes = (preprocess.size, *config.augment.train_shapes())
         for size in sizes:
@@ -245,10 +245,8 @@ class ClassifyJob(Job[ClassifyConfig, RunSummary]):
         model = model.to(memory_format=torch.channels_last)
         self.task = Classifier(model, len(data.classes), config, weights, distillation)
         self.loaders = _loaders(config, data, preprocess, device)
-        self.data_name = data.name
         self.sources = [source for source, _ in data.train]
-        self.description = {
-            "data": data.digest(),
+        self.description |= {
             "stream_workers": config.num_workers if data.stream else None,
             "teacher": distillation.digest() if distillation else None,
         }
@@ -258,46 +256,33 @@ class ClassifyJob(Job[ClassifyConfig, RunSummary]):
         )
         self.scored_first = config.swap_kernel
 
-    def resolved(self) -> ClassifyConfig:
-        config = self.config
-        return replace(
-            config,
-            data=config.data if config.data == DIGITS else absolute(config.data) or config.data,
-            checkpoint=absolute(config.checkpoint),
-            distill=replace(config.distill, teacher=absolute(config.distill.teacher)),
-            img_size="x".join(map(str, self.info.preprocess["size"])),
-            crop_pct=self.info.preprocess["crop_pct"],
-        )
+    def resolved(self) -> dict[str, Any]:
+        distill, preprocess = self.config.distill, self.info.preprocess
+        return {
+            "distill": replace(distill, teacher=absolute(distill.teacher)),
+            "img_size": "x".join(map(str, preprocess["size"])),
+            "crop_pct": preprocess["crop_pct"],
+        }
 
     def report(self, run: Path, speed: Speed) -> RunSummary:
         config, data = self.config, self.data
         predictor = ClassPredictor.load(run, config.device)
         evaluation = evaluate(predictor, data.val, batch_size=config.batch_size, num_workers=config.num_workers or 0)
-        plot_curves(run / "metrics.csv", run / "curves.png")
         write_report(evaluation, data.val, run)
         cost = model_cost(predictor.model, predictor.preprocess.size)
-        batch = config.batch_size * processes()[1]
-        summary = RunSummary(
+        return RunSummary(
             run=str(run),
             top1=round(evaluation.accuracy(1), 2),
             top5=round(evaluation.accuracy(5), 2),
             num_params=cost.num_params,
             num_macs=cost.num_macs,
             images_per_second=round(evaluation.images_per_second, 1),
-            train_seconds=round(speed.seconds, 1),
-            train_images_per_second=round(batch / speed.seconds_per_batch, 1) if speed.seconds_per_batch else None,
+            **speed.summary(),
         )
-        write_text(run / SUMMARY, json.dumps(asdict(summary), indent=2) + "\n")
-        return summary
 
 
-def run_training(config: ClassifyConfig) -> RunSummary | None:
-    """Train a classifier as ``config`` says; see `qtvit.training.job.run_job`."""
-    return run_job(config, ClassifyJob)
-
-
-def read_data(config: ClassifyConfig, past: dict[str, Any]) -> LabelledImages:
-    """The images to train on; those of the run that ``past`` describes, if it does."""
+def read_data(config: ClassifyConfig) -> LabelledImages:
+    """The images to train on."""
     data = load_labelled_images(
         config.data, val_fraction=config.val_fraction, seed=config.seed, train_images=config.train_images
     )
@@ -305,24 +290,13 @@ def read_data(config: ClassifyConfig, past: dict[str, Any]) -> LabelledImages:
         raise ValueError(f"--on-bad-image skip reads all images beforehand, and those of {data.stream} are streamed")
     if config.on_bad_image == "skip":
         data = replace(data, train=drop_broken(data.train, data.classes), val=drop_broken(data.val))
-    check_counts(config, len(data.train), len(data.val))
-    if past and data.digest() != past["data"]:
-        raise ValueError(f"{config.data} is not what {config.resume} was training on: images were added or removed")
     return data
-
-
-def _build_again(past: dict[str, Any]) -> tuple[Any, ModelInfo]:
-    """The model of the run that ``past`` describes, whose weights its training state holds."""
-    info = ModelInfo(**past["info"])
-    return build_model(info.model, **info.model_args).train(), info
 
 
 def build_classifier(config: ClassifyConfig, data: LabelledImages) -> tuple[Any, ModelInfo]:
     """The model to train, from random weights or from ``config.checkpoint``, and its description."""
     classes = list(data.classes)
     name = config.model or DEFAULT_MODEL
-    if config.freeze and not (config.checkpoint or config.model_args.keys() & set(WEIGHT_SOURCES)):
-        console.say(f"--freeze {config.freeze} without --checkpoint keeps random weights as they are")
     model: Any  # timm's models have methods that torch's do not know of
     if config.checkpoint is not None:
         try:
@@ -333,14 +307,10 @@ def build_classifier(config: ClassifyConfig, data: LabelledImages) -> tuple[Any,
             if config.swap_kernel or not config.model_args.keys() & set(ATTENTION_ARGS):
                 raise
             raise ValueError(f"{error}; --swap-kernel true takes over the weights that both have") from error
-        if config.model not in (None, source.model):
-            raise ValueError(f"--checkpoint {config.checkpoint} holds {source.model}, not {config.model}")
+        check_model(config, source)
         name = source.model
         if source.classes != classes:
-            console.say(
-                f"{config.checkpoint} tells {len(source.classes)} other classes apart ({some(source.classes)}): "
-                f"its classifier starts anew for {some(classes)}"
-            )
+            say_new_classifier(config, source, classes)
             model.reset_classifier(len(classes))
         model_args = {**source.model_args, "num_classes": len(classes)}
         preprocess = Preprocess(**source.preprocess)
@@ -355,7 +325,7 @@ def build_classifier(config: ClassifyConfig, data: LabelledImages) -> tuple[Any,
     preprocess = replace(
         preprocess, size=config.image_shape() or preprocess.size, crop_pct=config.crop_pct or preprocess.crop_pct
     )
-    return model.train(), ModelInfo(name, own_args(model_args), classes, asdict(preprocess), split=data.split)
+    return model, ModelInfo(name, own_args(model_args), classes, asdict(preprocess), split=data.split)
 
 
 def _takes_img_size(model: str) -> bool:
@@ -371,7 +341,7 @@ def _loaders(config: ClassifyConfig, data: LabelledImages, preprocess: Preproces
     loaders = make_loaders(config, device, train, len(data.train), val, len(data.val))
     if data.stream is None:
         return loaders
-    from qtvit.data.stream import ShardStream  # webdataset takes a second to import
+    from .stream import ShardStream  # webdataset takes a second to import
 
     rank, world_size = processes()
     share: dict[str, Any] = {"seed": config.seed, "rank": rank, "world_size": world_size}

@@ -1,16 +1,10 @@
 """Images that cannot be read, found before they stop the work."""
 
-from collections.abc import Callable, Iterator, Sequence
-from multiprocessing.pool import ThreadPool
-from typing import TypeVar
+from collections.abc import Sequence
 
 from qtvit import console
-
-from .classification import Sample
-from .images import ImageSource, open_image
-
-S = TypeVar("S")
-T = TypeVar("T")
+from qtvit.data.images import ImageSource, for_each_image, open_image
+from qtvit.data.split import Sample
 
 
 def find_broken(samples: Sequence[Sample], num_threads: int = 8) -> list[tuple[ImageSource, str]]:
@@ -18,16 +12,6 @@ def find_broken(samples: Sequence[Sample], num_threads: int = 8) -> list[tuple[I
     sources = [source for source, _ in samples]
     reasons = for_each_image(_why_broken, sources, num_threads)
     return [(source, reason) for source, reason in zip(sources, reasons, strict=True) if reason is not None]
-
-
-def for_each_image(function: Callable[[S], T], sources: Sequence[S], num_threads: int) -> Iterator[T]:
-    """What ``function`` says of each image, in order, with a progress bar.
-
-    Threads are enough, as PIL decodes without Python's lock. Each holds one image at a time.
-    """
-    with ThreadPool(num_threads) as pool:
-        results = pool.imap(function, sources, chunksize=16)
-        yield from console.progress(results, total=len(sources), desc="Checking images", unit="image")
 
 
 def drop_broken(samples: Sequence[Sample], classes: Sequence[str] | None = None) -> list[Sample]:

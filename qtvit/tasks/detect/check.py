@@ -6,13 +6,12 @@ from pathlib import Path
 
 import numpy as np
 
+from qtvit.data.images import for_each_image, open_image, read_file
+from qtvit.data.problems import ProblemReport
 from qtvit.errors import some
 
-from .broken import for_each_image
 from .coco import OUTSIDE, CocoFile, mostly_outside
-from .detection import DetectionSamples, find_splits, size_fault
-from .images import open_image, read_file
-from .problems import ProblemReport
+from .data import DetectionSamples, find_splits, size_fault
 
 TOLERANCE = 2.0
 """Pixels that a box may reach out of its image without being reported: rounding of labelling tools."""

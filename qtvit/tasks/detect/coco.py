@@ -15,7 +15,7 @@ import numpy as np
 
 from qtvit.errors import some
 
-from .coco_masks import Segments
+from .masks import Segments
 
 Problems = dict[str, list[str]]
 """What is wrong, as a heading and its entries."""

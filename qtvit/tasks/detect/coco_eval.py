@@ -14,8 +14,8 @@ from pycocotools import mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from qtvit.data.detection import DetectionSamples
-from qtvit.deploy.detections import Result
+from .data import DetectionSamples
+from .predict import Result
 
 FIGURES = (
     *("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large"),

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
-from .config import TrainConfig, require
+from qtvit.training.config import TrainConfig, require
 
 
 @dataclass

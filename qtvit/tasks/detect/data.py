@@ -16,12 +16,13 @@ from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as tvf
 
 from qtvit import console
+from qtvit.data.folders import TRAIN_FOLDERS, VAL_FOLDERS, data_folder
+from qtvit.data.images import open_image
+from qtvit.data.problems import ProblemReport
+from qtvit.data.split import choose_by_name
 
-from .classification import TRAIN_FOLDERS, VAL_FOLDERS, data_folder
 from .coco import IN_CATEGORIES, IN_MASKS, CocoFile, Problems, clip_boxes, read_coco
-from .coco_layout import find_annotations, find_images_folder
-from .images import open_image
-from .problems import ProblemReport
+from .layout import find_annotations, find_images_folder
 
 Target = dict[str, Any]
 """What a detector is to find in an image, n objects: ``boxes`` (n, 4) fp32 left, top, right, bottom in pixels;
@@ -212,7 +213,7 @@ def load_detection_data(
     if drop_empty:
         train = train.select(np.flatnonzero(train.num_learnt()))
     if train_images is not None:
-        train = train.select(_choose(train, train_images))
+        train = train.select(choose_by_name([train.file.file_names[i] for i in train.images], train_images))
     if not train.num_learnt().any():
         raise ValueError(f"{train_file.path}: the images to train on have no objects")
     if dropped := train.num_degenerate():
@@ -248,7 +249,7 @@ def load_held_out(
     Raises:
         FileNotFoundError, ValueError: as `load_detection_data`; or a category that the detector does not know.
     """
-    root = data_folder(data, "detect")
+    root = data_folder(data, sample="draw one: qtvit data scenes DIR --task detect")
     file, folder, problems = _read_split(root, "val", _annotations(root, "val", annotations), images_dir)
     if file is not None and not problems[IN_CATEGORIES]:
         problems[IN_CATEGORIES] += _category_faults(categories, "what the model was trained on", file)
@@ -256,15 +257,6 @@ def load_held_out(
     assert file is not None
     assert folder is not None
     return DetectionSamples(file, folder, tuple(categories), use_masks and bool(file.masked.all()))
-
-
-def _choose(samples: DetectionSamples, num_images: int) -> list[int]:
-    if not 1 <= num_images <= len(samples):
-        raise ValueError(
-            f"--train-images must be from 1 to {len(samples)}, all there are to train on; got {num_images}"
-        )
-    names = [samples.file.file_names[image] for image in samples.images]
-    return sorted(sorted(range(len(names)), key=lambda i: hashlib.sha256(names[i].encode()).digest())[:num_images])
 
 
 @dataclass(frozen=True)
@@ -295,7 +287,7 @@ def find_splits(
     """Read the annotation files and look for all images, without opening these; arguments and errors as
     `load_detection_data`, but for what is wrong in the files.
     """
-    root = data_folder(data, "detect")
+    root = data_folder(data, sample="draw one: qtvit data scenes DIR --task detect")
     given = {"train": (train_annotations, train_images_dir), "val": (val_annotations, val_images_dir)}
     files: dict[str, CocoFile] = {}
     folders: dict[str, Path] = {}

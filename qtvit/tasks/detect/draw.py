@@ -6,8 +6,9 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image, ImageDraw
 
-from .annotate import font
-from .detections import Detections
+from qtvit.deploy.annotate import font
+
+from .predict import Detections
 
 MIN_SIDE = 320
 """Pixels of the longer side that a picture is enlarged to, for its labels to be legible."""

@@ -7,6 +7,7 @@ exporter, for which torchvision has forms of its own.
 Shapes: H x W image, n objects.
 """
 
+import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,12 +22,15 @@ from torchvision.ops import box_iou
 
 from qtvit.console import progress
 from qtvit.data import ImageSource, open_image
-from qtvit.models import Detector
+from qtvit.deploy.artifact import DETECTIONS, METADATA_KEY, Artifact
+from qtvit.deploy.export import NUM_DENSE, Export, Exporter, chosen
+from qtvit.deploy.formats import OPSET, onnx_program, quiet_tools, trace
+from qtvit.deploy.parity import synthetic_images
+from qtvit.deploy.runtimes import Runtime, open_exported
 
-from .artifact import DETECTIONS, METADATA_KEY, Artifact
-from .detections import to_pixels
-from .formats import OPSET, onnx_program, quiet_tools, trace
-from .runtimes import Runtime
+from .data import load_held_out
+from .model import Detector
+from .predict import DetectPredictor, to_pixels
 
 COUNTED = 0.3
 """Score from which on an object of one of the two has to be one of the other, too."""
@@ -183,3 +187,56 @@ def _num_without_partner(objects: Mapping[str, Tensor], others: Mapping[str, Ten
     same &= objects["labels"].cpu()[:, None] == others["labels"].cpu()
     same &= (objects["scores"].cpu()[:, None] - others["scores"].cpu()).abs() <= SAME_SCORE
     return int(((objects["scores"].cpu() >= COUNTED) & ~same.any(1)).sum())
+
+
+class DetectExporter(Exporter):
+    """The export of a detector, to one ONNX file that takes images of any size."""
+
+    def check_images(self, artifact: Artifact) -> tuple[list[ImageSource], None, str]:
+        info, data, calibration = artifact.info, self.request.data, self.request.calibration
+        if data is not None:
+            names = dict(zip(info.task_args["category_ids"], info.classes, strict=True))
+            val = load_held_out(data, names, use_masks=False)
+            images: list[ImageSource] = [val[i].image for i in chosen(len(val), NUM_DENSE)]
+            which = f"images of val in {data}"
+        elif calibration is not None:
+            images, which = calibration[:NUM_DENSE], "calibration images"
+        else:
+            side = max(info.task_args["min_size"])
+            images, which = synthetic_images(NUM_DENSE, (side, side * 4 // 3)), "synthetic images"
+        return images, None, f"{len(images)} {which}, upright and on their side"
+
+    def export(self) -> Export:
+        request = self.request
+        self._check_settings()
+        artifact = Artifact(self.info, "onnx", "fp32", ("hw",))
+        images, _, which = self.check_images(artifact)
+        with tempfile.TemporaryDirectory(prefix=".export-", dir=request.out.parent) as folder:
+            file = Path(folder, request.out.name)
+            detector: Any = self.network
+            write_detector(detector, artifact, file)
+            exported = open_exported(file, "cpu")
+            report = check_detector(DetectPredictor(self.network, self.info, "cpu").runtime, exported, images)
+            exported.close()
+            if problem := report.problem():
+                raise ValueError(f"not exported: the file for ONNX Runtime failed its check: {problem}")
+            os.replace(file, request.out)
+        return Export([request.out], artifact, report, which)
+
+    def _check_settings(self) -> None:
+        """ValueError for settings that a detector's file does not have."""
+        request = self.request
+        if (request.format, request.precision) != ("onnx", "fp32"):
+            raise ValueError(
+                f"a detector is exported with --format onnx --precision fp32, not {request.format} and "
+                f"{request.precision}"
+            )
+        if request.img_size is not None:
+            raise ValueError(
+                "--img-size: the file of a detector takes images of any size and resizes them itself, as in training"
+            )
+        if request.axes_given and request.axes != ("hw",):
+            raise ValueError(
+                f"--dynamic {','.join(request.axes) or 'none'}: the file of a detector takes one image of any size, "
+                "which is hw"
+            )

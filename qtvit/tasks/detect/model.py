@@ -38,17 +38,16 @@ from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 from torchvision.ops.poolers import LevelMapper
 
-from .backbone import Backbone, below, strides_of
-from .build import build_model
+from qtvit.models.backbone import Backbone, OnBackbone, strides_of
+from qtvit.models.build import build_model
+
 from .cascade import CascadeRoIHeads
 
 CASCADE = ((0.5, 10.0), (0.6, 20.0), (0.7, 30.0))
 """Stages of Cascade R-CNN: IoU from which a region is an object, and weight of its x, y deltas (w, h: half of it)."""
-BODY = "backbone.body."
-"""Prefix of the network's weights in a detector's state dict."""
 
 
-class Detector(GeneralizedRCNN):
+class Detector(OnBackbone, GeneralizedRCNN):
     """A detector with torchvision's interface, built by `build_detector`.
 
     Its input is a list of images (3, H, W) with values in 0..1, of any sizes. In training,
@@ -63,25 +62,6 @@ class Detector(GeneralizedRCNN):
 
     num_classes: int
     """Number of categories, without the background."""
-
-    @property
-    def body(self) -> Any:
-        """The network below the feature pyramid."""
-        return self.backbone.body
-
-    @torch.jit.ignore
-    def no_weight_decay(self) -> set[str]:
-        """Parameters of the network that its own recipe exempts from weight decay."""
-        return {BODY + name for name in getattr(self.body, "no_weight_decay", set)()}
-
-    @torch.jit.ignore
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        self.body.set_grad_checkpointing(enable)
-
-    @torch.jit.ignore
-    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """timm's layer groups of the network; pyramid and heads match none of them and so come last."""
-        return below(BODY, self.body.group_matcher(coarse=coarse))
 
 
 class PyramidBackbone(Backbone):
@@ -212,6 +192,12 @@ class MaskPredictor(MaskRCNNPredictor):
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x).float()
+
+
+def build(name: str, model_args: Mapping[str, Any], task_args: Mapping[str, Any]) -> nn.Module:
+    """The detector that a model file describes; ``task_args`` are ``category_ids`` and `build_detector`'s options."""
+    heads = dict(task_args)
+    return build_detector(name, num_classes=len(heads.pop("category_ids")), model_args=model_args, **heads)
 
 
 def build_detector(

@@ -3,8 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,10 +13,9 @@ from torchvision.transforms.v2 import functional as tvf
 
 from qtvit.checkpoints import ModelInfo
 from qtvit.data import ImageSource
+from qtvit.deploy.predictor import Predictor
+from qtvit.deploy.runtimes import Runtime
 from qtvit.errors import unknown_name
-
-from .predictor import Predictor
-from .runtimes import Runtime
 
 Result = dict[str, Any]
 """An object in COCO's submission format: ``image_id``, ``category_id``, ``score``, ``bbox`` (left, top, width, height
@@ -93,54 +91,6 @@ class DetectPredictor(Predictor[Detections]):
         """Whether it finds masks too."""
         return bool(self.info.task_args["masks"])
 
-    @overload
-    def predict(
-        self, images: ImageSource, score_threshold: float = SCORE_THRESHOLD, classes: Sequence[str] | None = None
-    ) -> Detections: ...
-    @overload
-    def predict(
-        self,
-        images: list[ImageSource] | list[str] | list[Path],
-        score_threshold: float = SCORE_THRESHOLD,
-        classes: Sequence[str] | None = None,
-    ) -> list[Detections]: ...
-    def predict(
-        self,
-        images: ImageSource | list[ImageSource] | list[str] | list[Path],
-        score_threshold: float = SCORE_THRESHOLD,
-        classes: Sequence[str] | None = None,
-    ) -> Detections | list[Detections]:
-        """The objects in an image, or in each image of a list.
-
-        Args:
-            images: see `qtvit.data.open_image`.
-            score_threshold: what is less certain is left out; the model itself leaves out what is below 0.05.
-            classes: names of those to look for; None for all.
-
-        Raises:
-            FileNotFoundError, ValueError: an image that is not there or cannot be read, a threshold that is not from 0
-                to 1, or a class that the model does not know.
-        """
-        if isinstance(images, (list, tuple)):
-            return list(self.iter_predict(images, score_threshold, classes))
-        return next(self.iter_predict([images], score_threshold, classes))
-
-    @overload
-    def iter_predict(
-        self,
-        images: Sequence[ImageSource],
-        score_threshold: float = SCORE_THRESHOLD,
-        classes: Sequence[str] | None = None,
-    ) -> Iterator[Detections]: ...
-    @overload
-    def iter_predict(
-        self,
-        images: Sequence[ImageSource],
-        score_threshold: float = SCORE_THRESHOLD,
-        classes: Sequence[str] | None = None,
-        *,
-        skip_broken: bool,
-    ) -> Iterator[Detections | None]: ...
     def iter_predict(
         self,
         images: Sequence[ImageSource],
@@ -148,8 +98,18 @@ class DetectPredictor(Predictor[Detections]):
         classes: Sequence[str] | None = None,
         *,
         skip_broken: bool = False,
-    ) -> Iterator[Detections | None]:
-        """As `predict`, one result at a time; with ``skip_broken``, None for an image that cannot be read."""
+    ) -> Iterator[Any]:
+        """The objects in each image, `Detections` at a time.
+
+        Args:
+            images: see `qtvit.data.open_image`.
+            score_threshold: what is less certain is left out; the model itself leaves out what is below 0.05.
+            classes: names of those to look for; None for all.
+            skip_broken: give None for an image that cannot be read.
+
+        Raises:
+            ValueError: a threshold that is not from 0 to 1, or a class that the model does not know.
+        """
         if not 0 <= score_threshold <= 1:
             raise ValueError(f"score_threshold must be from 0 to 1, got {score_threshold}")
         for name in classes or ():
@@ -182,7 +142,7 @@ class DetectPredictor(Predictor[Detections]):
 
 
 def coco_results(output: Mapping[str, Tensor], image_id: int, category_ids: Sequence[int]) -> list[Result]:
-    """What a detector says of an image (see `qtvit.models.Detector`), in COCO's submission format."""
+    """What a detector says of an image (see `qtvit.tasks.detect.model.Detector`), in COCO's submission format."""
     labels = output["labels"].tolist()
     masks = output["masks"][:, 0].cpu() > 0.5 if "masks" in output else None
     ids = tuple(category_ids[label - 1] for label in labels)

@@ -14,17 +14,16 @@ import torch
 from matplotlib.figure import Figure
 from torch.utils.data import DataLoader
 
-from qtvit.console import progress
-from qtvit.data import DetectionDataset
-from qtvit.data.detection import DetectionSample, DetectionSamples, collate, learnt_target, read_image
-from qtvit.deploy.annotate import Tile, contact_sheet, shorten, thumbnail
-from qtvit.deploy.detections import SCORE_THRESHOLD, Detections, DetectPredictor, Result, coco_results
-from qtvit.deploy.draw_detections import draw_detections
+from qtvit.console import progress, shorten
+from qtvit.deploy.annotate import Tile, contact_sheet, thumbnail
 from qtvit.files import write_text
+from qtvit.training.plots import save
+from qtvit.training.tables import MAX_ROWS, NAME_CHARS, NUM_WORST
 
 from .coco_eval import FIGURES, CocoScores, GroundTruth
-from .plots import save
-from .report import MAX_ROWS, NAME_CHARS, NUM_WORST
+from .data import DetectionDataset, DetectionSample, DetectionSamples, collate, learnt_target, read_image
+from .draw import draw_detections
+from .predict import SCORE_THRESHOLD, Detections, DetectPredictor, Result, coco_results
 
 SIDE = 320
 """Pixels of a picture on the sheet of predictions."""

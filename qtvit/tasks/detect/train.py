@@ -1,38 +1,32 @@
 """Training a detector: configuration in, run folder out."""
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
-from timm.data import resolve_data_config
-from timm.models import PretrainedCfg
 from torch import Tensor, nn
 
 from qtvit import console
-from qtvit.checkpoints import WEIGHT_SOURCES, ModelInfo, find_model_file, own_args, read_model_file
+from qtvit.checkpoints import ModelInfo, find_model_file, own_args, read_model_file
 from qtvit.checkpoints.model_file import DEFAULT_KERNEL
-from qtvit.data import DetectionData, DetectionDataset, DetectionTransform, load_detection_data
-from qtvit.data.detection import Target, collate
-from qtvit.deploy.detections import DetectPredictor, Result, coco_results
-from qtvit.device import processes
 from qtvit.errors import some
-from qtvit.files import write_text
-from qtvit.models import ARCHITECTURES, Detector, build_task_model, load_backbone
-from qtvit.models.detection import BODY
+from qtvit.models import ARCHITECTURES, load_backbone
+from qtvit.models.backbone import BODY
+from qtvit.training.config import DEFAULT_MODEL
+from qtvit.training.job import Job, Speed, Summary, check_model, make_loaders, normalisation
+from qtvit.training.options import absolute
+from qtvit.training.task import Task
 
 from .coco_eval import GroundTruth
-from .config import DEFAULT_MODEL
-from .detect_config import DetectConfig
-from .detect_report import evaluate_detector, write_detection_report
-from .job import SUMMARY, Job, Speed, Summary, check_counts, make_loaders, run_job, with_workers
-from .options import absolute
-from .plots import plot_curves
-from .task import Task
+from .config import DetectConfig
+from .data import DetectionData, DetectionDataset, Target, collate, load_detection_data
+from .model import Detector, build
+from .predict import DetectPredictor, Result, coco_results
+from .report import evaluate_detector, write_detection_report
+from .transforms import DetectionTransform
 
 LOSSES = ("objectness", "rpn_box_reg", "classifier", "box_reg", "mask")
 """torchvision's, without "loss_": of the proposals, then of the heads."""
@@ -175,53 +169,65 @@ class DetectJob(Job[DetectConfig, DetectSummary]):
     score = "box AP"
     columns = EPOCH_COLUMNS
 
-    def __init__(self, config: DetectConfig, device: torch.device, past: dict[str, Any]) -> None:
-        self.data = data = read_data(config, past)
-        config = with_workers(config)
-        detector, self.info = _build_again(past) if past else build_detector(config, data)
-        self.config = config = replace(config, model=self.info.model)
+    curves = CURVES
+    changes = "images or annotations have changed"
+
+    def read_data(self, config: DetectConfig) -> DetectionData:
+        data = load_detection_data(
+            config.data,
+            train_annotations=config.train_annotations,
+            train_images_dir=config.train_images_dir,
+            val_annotations=config.val_annotations,
+            val_images_dir=config.val_images_dir,
+            train_images=config.train_images,
+            use_masks=config.masks is not False,
+            drop_empty=config.drop_empty,
+        )
+        if config.masks is True and not data.has_masks:
+            raise ValueError(f"--masks true: no object of {data.train.file.path} has a segmentation")
+        return data
+
+    def build(self, config: DetectConfig, data: DetectionData) -> tuple[nn.Module, ModelInfo]:
+        return build_detector(config, data)
+
+    def set_up(self, model: Any, device: torch.device, past: dict[str, Any]) -> None:
+        config, data = self.config, self.data
         categories = dict(zip(data.category_ids, data.classes, strict=True))
         self.truth = GroundTruth(data.val, categories)
         if not any(self.truth.counts.values()):
             raise ValueError(f"{data.val_annotations}: there are no objects in the held-out images to score it on")
-        self.task = DetectTask(detector, config, self.info, self.truth)
+        self.task = DetectTask(model, config, self.info, self.truth)
         augment = DetectionTransform(**asdict(config.augment))
         train, val = DetectionDataset(data.train, augment), DetectionDataset(data.val)
         self.loaders = make_loaders(
             config, device, [train], len(data.train), val, len(data.val), collate=collate, val_batch_size=1
         )
-        self.data_name = data.name
         self.sources = _Paths(data)
-        self.description = {"data": data.digest()}
         what = "boxes and masks" if data.has_masks else "boxes"
         self.about = (
             f"{data.name}: {what} of {len(data.classes)} categor{'y' if len(data.classes) == 1 else 'ies'} in "
             f"{len(data.train)} training and {len(data.val)} held-out images"
         )
 
-    def resolved(self) -> DetectConfig:
+    def resolved(self) -> dict[str, Any]:
         config, task_args = self.config, self.info.task_args
-        paths = ("data", "checkpoint", "train_annotations", "train_images_dir", "val_annotations", "val_images_dir")
-        whole: dict[str, Any] = {name: absolute(getattr(config, name)) for name in paths}
-        return replace(
-            config,
-            **whole,
-            masks=task_args["masks"],
-            min_size=list(task_args["min_size"]),
-            max_size=task_args["max_size"],
-            heads=replace(config.heads, **{name: task_args[name] for name in HEADS}),
-        )
+        paths = ("train_annotations", "train_images_dir", "val_annotations", "val_images_dir")
+        return {
+            **{name: absolute(getattr(config, name)) for name in paths},
+            "masks": task_args["masks"],
+            "min_size": list(task_args["min_size"]),
+            "max_size": task_args["max_size"],
+            "heads": replace(config.heads, **{name: task_args[name] for name in HEADS}),
+        }
 
     def report(self, run: Path, speed: Speed) -> DetectSummary:
         config, data = self.config, self.data
         predictor = DetectPredictor.load(run, config.device)
         evaluation = evaluate_detector(predictor, data.val, self.truth, num_workers=config.num_workers or 0)
-        plot_curves(run / "metrics.csv", run / "curves.png", CURVES)
         write_detection_report(evaluation, data.val, run)
         scores = evaluation.scores
         mask = scores["mask"].figures if "mask" in scores else {}
-        batch = config.batch_size * processes()[1]
-        summary = DetectSummary(
+        return DetectSummary(
             run=str(run),
             box_ap=scores["box"].figures["ap"] or 0.0,
             box_ap50=scores["box"].figures["ap50"] or 0.0,
@@ -229,11 +235,8 @@ class DetectJob(Job[DetectConfig, DetectSummary]):
             mask_ap50=mask.get("ap50"),
             num_params=sum(p.numel() for p in predictor.model.parameters()),
             images_per_second=round(evaluation.images_per_second, 2),
-            train_seconds=round(speed.seconds, 1),
-            train_images_per_second=round(batch / speed.seconds_per_batch, 1) if speed.seconds_per_batch else None,
+            **speed.summary(),
         )
-        write_text(run / SUMMARY, json.dumps(asdict(summary), indent=2) + "\n")
-        return summary
 
 
 class _Paths(Sequence[Path]):
@@ -249,39 +252,6 @@ class _Paths(Sequence[Path]):
         return self.samples.path(index)
 
 
-def run_training(config: DetectConfig) -> DetectSummary | None:
-    """Train a detector as ``config`` says; see `qtvit.training.job.run_job`."""
-    return run_job(config, DetectJob)
-
-
-def read_data(config: DetectConfig, past: dict[str, Any]) -> DetectionData:
-    """The images to train on; those of the run that ``past`` describes, if it does."""
-    data = load_detection_data(
-        config.data,
-        train_annotations=config.train_annotations,
-        train_images_dir=config.train_images_dir,
-        val_annotations=config.val_annotations,
-        val_images_dir=config.val_images_dir,
-        train_images=config.train_images,
-        use_masks=config.masks is not False,
-        drop_empty=config.drop_empty,
-    )
-    if config.masks is True and not data.has_masks:
-        raise ValueError(f"--masks true: no object of {data.train.file.path} has a segmentation")
-    check_counts(config, len(data.train), len(data.val))
-    if past and data.digest() != past["data"]:
-        raise ValueError(
-            f"{config.data} is not what {config.resume} was training on: images or annotations have changed"
-        )
-    return data
-
-
-def _build_again(past: dict[str, Any]) -> tuple[Any, ModelInfo]:
-    """The detector of the run that ``past`` describes, whose weights its training state holds."""
-    info = ModelInfo(**past["info"])
-    return build_task_model(info.task, info.model, info.model_args, info.task_args).train(), info
-
-
 def build_detector(config: DetectConfig, data: DetectionData) -> tuple[Any, ModelInfo]:
     """The detector to train, from random weights or from ``config.checkpoint``, and its description."""
     name, model_args = config.model or DEFAULT_MODEL, config.model_args
@@ -294,44 +264,28 @@ def build_detector(config: DetectConfig, data: DetectionData) -> tuple[Any, Mode
     if model_args.get("in_chans", 3) != 3:
         raise ValueError(f"{name} is for images of {model_args['in_chans']} channels, and a detector reads RGB")
     known = source.task_args if source is not None and source.task == "detect" else {}
-    task_args = _task_args(config, data, known, _normalisation(name, source))
-    detector: Any = build_task_model("detect", name, model_args, task_args)
-    if source is None:
-        if not model_args.keys() & set(WEIGHT_SOURCES):
-            for option, on in ((f"--freeze {config.freeze}", config.freeze), ("--freeze-bn", config.freeze_bn)):
-                if on:
-                    console.say(f"{option} without --checkpoint keeps random weights as they are")
-    elif known:
+    task_args = _task_args(config, data, known, normalisation(name, source))
+    detector: Any = build(name, model_args, task_args)
+    if source is not None and known:
         same = (known["category_ids"], source.classes) == (list(data.category_ids), list(data.classes))
         _load_detector(config, detector, weights, source, None if same else data)
-    else:
+    elif source is not None:
         try:
             load_backbone(detector.backbone, weights)
         except ValueError as error:
             raise ValueError(f"{config.checkpoint}: {error}") from error
     info = ModelInfo(name, own_args(model_args), list(data.classes), {}, task="detect", task_args=task_args)
-    return detector.train(), info
+    return detector, info
 
 
 def _check_source(config: DetectConfig, source: ModelInfo) -> None:
     """ValueError unless a checkpoint can be started from."""
     if source.task not in ("classify", "detect"):
         raise ValueError(f"{config.checkpoint}: trained to {source.task}; a classifier or detector is needed")
-    if config.model not in (None, source.model):
-        raise ValueError(f"--checkpoint {config.checkpoint} holds {source.model}, not {config.model}")
+    check_model(config, source)
     kernel, trained = config.model_args.get("kernel"), source.model_args.get("kernel", DEFAULT_KERNEL)
     if source.model in ARCHITECTURES and kernel not in (None, trained):
         raise ValueError(f"{config.checkpoint}: its {source.model} was trained with kernel {trained}, not {kernel}")
-
-
-def _normalisation(name: str, source: ModelInfo | None) -> dict[str, list[float]]:
-    """Mean and deviation of the channels that the network is used to."""
-    if source is not None:
-        given: Mapping[str, Any] = source.task_args if source.task == "detect" else source.preprocess
-    else:
-        cfg = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
-        given = resolve_data_config(pretrained_cfg=(cfg or PretrainedCfg()).to_dict())
-    return {key: list(given[key]) for key in ("mean", "std")}
 
 
 def _task_args(

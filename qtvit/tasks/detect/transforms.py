@@ -9,7 +9,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tvf
 
-from .detection import Target
+from .data import Target
 
 
 class DetectionTransform:

@@ -9,16 +9,15 @@ from pathlib import Path
 import numpy as np
 from PIL import ExifTags, Image
 
+from qtvit.data.folders import data_folder
+from qtvit.data.images import any_size, for_each_image, open_image, read_file
+from qtvit.data.problems import ProblemReport
 from qtvit.errors import some
 
-from .broken import for_each_image
-from .classification import data_folder
-from .images import any_size, open_image, read_file
+from .classes import ade20k_classes, find_class_file, found_classes, read_class_file
+from .layout import SegmentationLayout, SegmentationSample, read_layout
 from .masks import JPEG_MASK, MaskClasses, ValueCounts, count_values, index_colors, read_mask
 from .palette import Color, format_color
-from .problems import ProblemReport
-from .segmentation_classes import ade20k_classes, find_class_file, found_classes, read_class_file
-from .segmentation_layout import SegmentationLayout, SegmentationSample, read_layout
 
 NUM_PROBED = 64
 """Masks of a split whose values are looked at before training; all are where the classes have to be found."""
@@ -51,13 +50,13 @@ def check_segmentation_data(
     """Read every image and mask of a folder, and report all problems at once.
 
     Args:
-        data, classes, ignore_index: as for `qtvit.data.segmentation.load_segmentation_data`.
+        data, classes, ignore_index: as for `qtvit.tasks.segment.data.load_segmentation_data`.
         num_threads: that read files.
 
     Raises:
         FileNotFoundError, ValueError: there is no such folder.
     """
-    root = data_folder(data, "segment")
+    root = data_folder(data, sample="draw one: qtvit data scenes DIR --task segment")
     problems: Problems = {}
     try:
         layout = read_layout(root)

@@ -3,10 +3,10 @@
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
-from qtvit.data.transforms import parse_size
-from qtvit.models.segmentation import AUX_WEIGHT, HEADS
+from qtvit.data.preprocess import parse_size
+from qtvit.training.config import TrainConfig, require
 
-from .config import TrainConfig, require
+from .model import AUX_WEIGHT, HEADS
 
 
 @dataclass

@@ -10,14 +10,15 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from .broken import for_each_image
-from .check_segmentation import check_before_training, resolve_classes, size_mismatch
-from .classification import data_folder
-from .images import file_size, open_image
+from qtvit.data.folders import data_folder
+from qtvit.data.images import file_size, for_each_image, open_image
+from qtvit.data.problems import ProblemReport
+from qtvit.data.split import choose_by_name
+
+from .check import check_before_training, resolve_classes, size_mismatch
+from .layout import SegmentationSample, read_layout
 from .masks import MaskClasses
 from .palette import Color, format_color
-from .problems import ProblemReport
-from .segmentation_layout import SegmentationSample, read_layout
 
 SegmentationTransform = Callable[[Image.Image, Tensor], tuple[Tensor, Tensor]]
 """PIL RGB image and (H, W) int16 labels -> the network's input and (H, W) int64 labels."""
@@ -124,14 +125,14 @@ def load_segmentation_data(
         classes: file of classes; None for classes.txt or classes.yaml in the folder, if there is one.
         ignore_index: label of pixels that are of no class, and (unless the file of classes, or the layout, says
             otherwise) their value in index masks; -1 if there are none.
-        train_images: train on that many of the training images, see `choose_samples`.
+        train_images: train on that many of the training images, see `qtvit.data.split.choose_by_name`.
 
     Raises:
         FileNotFoundError: there is no such folder or file of classes.
         ValueError: there is a problem with the data (the first ones are named, and the command that lists all);
             ``train_images`` is not possible.
     """
-    root = data_folder(data, "segment")
+    root = data_folder(data, sample="draw one: qtvit data scenes DIR --task segment")
     layout = read_layout(root)
     command = f"qtvit data check {data} --task segment"
     command += f" --classes {classes}" if classes is not None else ""
@@ -139,26 +140,9 @@ def load_segmentation_data(
     ProblemReport(problems=layout.problems).raise_if_any(command)
     meaning = resolve_classes(layout, classes, ignore_index)
     check_before_training(layout, meaning).raise_if_any(command)
-    train = choose_samples(layout.splits["train"], train_images)
+    samples = layout.splits["train"]
+    train = [samples[i] for i in choose_by_name([sample.name for sample in samples], train_images)]
     return SegmentationData(root.resolve().name, meaning, train, layout.splits["val"])
-
-
-def choose_samples(samples: Sequence[SegmentationSample], num_images: int | None) -> list[SegmentationSample]:
-    """``num_images`` of the samples, in their order; None: all of them.
-
-    Which ones follows from a hash of their names, so a larger choice holds a smaller one.
-
-    Raises:
-        ValueError: they are more than there are, or none.
-    """
-    if num_images is None:
-        return list(samples)
-    if not 1 <= num_images <= len(samples):
-        raise ValueError(
-            f"--train-images must be from 1 to {len(samples)}, all there are to train on; got {num_images}"
-        )
-    ranked = sorted(range(len(samples)), key=lambda i: hashlib.sha256(samples[i].name.encode()).digest())
-    return [samples[i] for i in sorted(ranked[:num_images])]
 
 
 def count_pixels(data: SegmentationData, num_threads: int = 8) -> Tensor:

@@ -2,8 +2,10 @@
 
 from PIL import Image, ImageDraw
 
-from .annotate import GAP, SMALL, font, shorten
-from .segment import Segmentation
+from qtvit.console import shorten
+from qtvit.deploy.annotate import GAP, SMALL, font
+
+from .predict import Segmentation
 
 NAME_CHARS = 30
 """Characters of a class name in a legend."""

@@ -9,11 +9,14 @@ import numpy as np
 import torch
 
 from qtvit.console import progress
-from qtvit.data import MaskClasses, SegmentationDataset, SegmentationEvalTransform, SegmentationSample
 from qtvit.files import open_folder
 
-from .segment import Segmentation, SegmentPredictor, Views
-from .segment_scores import SegmentationScores, count_confusion
+from .data import SegmentationDataset
+from .layout import SegmentationSample
+from .masks import MaskClasses
+from .predict import Segmentation, SegmentPredictor, Views
+from .scores import SegmentationScores, count_confusion
+from .transforms import SegmentationEvalTransform
 
 NUM_KEPT = 12
 """Predictions that are kept to be drawn."""

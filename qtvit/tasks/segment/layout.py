@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from .classification import TRAIN_FOLDERS, VAL_FOLDERS
-from .images import find_images
+from qtvit.data.folders import TRAIN_FOLDERS, VAL_FOLDERS
+from qtvit.data.images import find_images
 
 IMAGE_FOLDERS = ("images", "image", "imgs", "img")
 MASK_FOLDERS = ("masks", "mask", "labels", "annotations")

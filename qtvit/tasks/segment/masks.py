@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from qtvit.data.images import decode
 from qtvit.errors import some
 
-from .images import decode
 from .palette import Color, color_keys, default_palette, format_color, key_color
 
 MAX_VALUE = 65535

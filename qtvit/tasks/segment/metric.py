@@ -1,4 +1,4 @@
-"""Scores of a segmentation network over all processes; `qtvit.deploy.segment_scores` works them out."""
+"""Scores of a segmentation network over all processes; `qtvit.tasks.segment.scores` works them out."""
 
 from collections.abc import Sequence
 
@@ -6,14 +6,14 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from qtvit.deploy.segment_scores import SegmentationScores, count_confusion
+from .scores import SegmentationScores, count_confusion
 
 
 class SegmentationConfusion(Metric):
     """Counts pixels, true class by predicted class, over images of any size; several processes add theirs up.
 
     It takes predicted classes, not logits: these have to be resized to the mask's own size first, see
-    `qtvit.deploy.sliding.resized_labels`.
+    `qtvit.tasks.segment.predict.segment_pixels`.
 
     Args:
         num_classes: C.

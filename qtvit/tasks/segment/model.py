@@ -12,13 +12,10 @@ from torch.nn import functional as F
 
 from qtvit.errors import unknown_name
 from qtvit.layers import ConvNormAct, MBConv, Residual
+from qtvit.models.backbone import Backbone, OnBackbone
+from qtvit.models.build import build_model
 from qtvit.ops.attention import full_precision
 
-from .backbone import Backbone, below
-from .build import build_model
-
-BODY = "backbone.body."
-"""Prefix of the network's weights in a segmenter's state dict."""
 AUX_WEIGHT = 0.4
 """Weight of the auxiliary head's loss; that of the main head's loss is 1."""
 POOL_BINS = (1, 2, 3, 6)
@@ -188,7 +185,7 @@ HEADS: dict[str, tuple[type[UPerHead | LightHead], int]] = {
 """Heads by name, each with the number of last stages whose feature maps it takes (all, if the backbone has fewer)."""
 
 
-class Segmenter(nn.Module):
+class Segmenter(OnBackbone, nn.Module):
     """A backbone with a head that classifies every pixel; `build_segmenter` builds it.
 
     Args:
@@ -214,25 +211,6 @@ class Segmenter(nn.Module):
         self.num_classes = num_classes
         self.in_chans = in_chans
 
-    @property
-    def body(self) -> Any:
-        """The network below the head."""
-        return self.backbone.body
-
-    @torch.jit.ignore
-    def no_weight_decay(self) -> set[str]:
-        """Parameters of the network that its own recipe exempts from weight decay."""
-        return {BODY + name for name in getattr(self.body, "no_weight_decay", set)()}
-
-    @torch.jit.ignore
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        self.body.set_grad_checkpointing(enable)
-
-    @torch.jit.ignore
-    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """timm's layer groups of the network; the heads match none of them and so come last."""
-        return below(BODY, self.body.group_matcher(coarse=coarse))
-
     def forward(self, images: Tensor) -> Tensor | dict[str, Tensor]:
         """The logits of normalised images (B, in_chans, H, W) of any size.
 
@@ -246,6 +224,14 @@ class Segmenter(nn.Module):
         if not self.training:
             return resize(logits, images.shape[-2:])
         return {"out": logits} if self.aux is None else {"out": logits, "aux": self.aux(features[-2])}
+
+
+def build(name: str, model_args: Mapping[str, Any], task_args: Mapping[str, Any]) -> nn.Module:
+    """The segmenter that a model file describes: ``task_args`` are ``masks``, which says what the values in masks mean,
+    and the options of `build_segmenter`.
+    """
+    heads = dict(task_args)
+    return build_segmenter(name, num_classes=len(heads.pop("masks")["values"]), model_args=model_args, **heads)
 
 
 def build_segmenter(

@@ -3,8 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,12 +12,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qtvit.checkpoints import ModelInfo
-from qtvit.data import ImageSource, MaskClasses, SegmentationEvalTransform
-from qtvit.models.segmentation import resize
+from qtvit.data import ImageSource
+from qtvit.deploy.predictor import Predictor
+from qtvit.deploy.runtimes import Exported, Runtime
 
-from .predictor import Predictor
-from .runtimes import Exported, Runtime
+from .masks import MaskClasses
+from .model import resize
 from .sliding import sliding_window
+from .transforms import SegmentationEvalTransform
 
 MAX_WHOLE = 1024 * 1024
 """Pixels, as the network sees them, up to which an image is given to it whole unless windows are asked for."""
@@ -77,7 +78,7 @@ class SegmentPreprocess:
 
     def transform(self) -> SegmentationEvalTransform:
         """From pictures to pixels, in the pictures' own size; `segment_pixels` resizes."""
-        return SegmentationEvalTransform(None, mean=self.mean, std=self.std)
+        return SegmentationEvalTransform(mean=self.mean, std=self.std)
 
 
 @torch.inference_mode()
@@ -199,34 +200,10 @@ class SegmentPredictor(Predictor[Segmentation]):
         self.preprocess = SegmentPreprocess.of(info)
         self.mask_classes = mask_classes(info)
 
-    @overload
-    def predict(self, images: ImageSource, views: Views | None = None) -> Segmentation: ...
-    @overload
-    def predict(
-        self, images: list[ImageSource] | list[str] | list[Path], views: Views | None = None
-    ) -> list[Segmentation]: ...
-    def predict(
-        self, images: ImageSource | list[ImageSource] | list[str] | list[Path], views: Views | None = None
-    ) -> Segmentation | list[Segmentation]:
-        """The classes of an image's pixels, or those of each image of a list, at the images' own sizes.
-
-        Raises:
-            FileNotFoundError, ValueError: an image that is not there or cannot be read (see `qtvit.data.open_image`).
-        """
-        if isinstance(images, (list, tuple)):
-            return list(self.iter_predict(images, views))
-        return next(self.iter_predict([images], views))
-
-    @overload
-    def iter_predict(self, images: Sequence[ImageSource], views: Views | None = None) -> Iterator[Segmentation]: ...
-    @overload
-    def iter_predict(
-        self, images: Sequence[ImageSource], views: Views | None = None, *, skip_broken: bool
-    ) -> Iterator[Segmentation | None]: ...
     def iter_predict(
         self, images: Sequence[ImageSource], views: Views | None = None, *, skip_broken: bool = False
-    ) -> Iterator[Segmentation | None]:
-        """As `predict`, one result at a time; with ``skip_broken``, None for an image that cannot be read."""
+    ) -> Iterator[Any]:
+        """The classes of the pixels of each image, looked at as ``views`` say, a `Segmentation` at a time."""
         label = partial(self._label, views=views or Views())
         return self._iterate(images, 1, skip_broken, lambda image: image, label)
 

@@ -7,15 +7,17 @@ from collections.abc import Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
 
-from qtvit.data import SegmentationDataset, SegmentationEvalTransform
-from qtvit.deploy.annotate import Tile, contact_sheet, shorten, thumbnail
-from qtvit.deploy.segment import Segmentation
-from qtvit.deploy.segment_evaluate import Evaluation
-from qtvit.deploy.segment_scores import RegionScores, SegmentationScores
+from qtvit.console import shorten
+from qtvit.deploy.annotate import Tile, contact_sheet, thumbnail
 from qtvit.files import write_text
+from qtvit.training.plots import draw_confusion
+from qtvit.training.tables import MAX_ROWS, NAME_CHARS, NUM_WORST
 
-from .plots import draw_confusion
-from .report import MAX_ROWS, NAME_CHARS, NUM_WORST
+from .data import SegmentationDataset
+from .evaluate import Evaluation
+from .predict import Segmentation
+from .scores import RegionScores, SegmentationScores
+from .transforms import SegmentationEvalTransform
 
 
 def write_report(evaluation: Evaluation, folder: Path, about: Mapping[str, object] | None = None) -> None:

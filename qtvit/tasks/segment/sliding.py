@@ -20,7 +20,6 @@ def sliding_window(
     window: tuple[int, int],
     *,
     overlap: float = 0.25,
-    batch_size: int = 1,
     fixed_size: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The class of every pixel, from a network that sees one window of the image at a time.
@@ -29,61 +28,38 @@ def sliding_window(
     averaged; the weight of a window falls linearly to its edges, and weights sum to 1 at each pixel. If one window
     covers the image, the result is that of the network on the whole image.
 
-    Of the logits, only those that a later window overlaps are kept: for C classes, a batch of windows as ``run``
-    returns it, C·(overlapping rows)·W numbers and C·h·(overlapping columns). No tensor has C·H·W.
+    Of the logits, only those that a later window overlaps are kept: for C classes, a window as ``run`` returns it,
+    C·(overlapping rows)·W numbers and C·h·(overlapping columns). No tensor has C·H·W.
 
     Args:
         run: (B, 3, h, w) -> (B, C, h', w') logits on the image's device. If they are not of the window's size, they
             are resized to it; those as small as the network makes them take the least memory.
-        image: (3, H, W) or (B, 3, H, W), normalised.
+        image: (3, H, W), normalised.
         num_classes: C.
         window: (h, w) of the windows; smaller ones are used for smaller images, but see ``fixed_size``.
         overlap: the part of a window that its neighbour sees too, at least; below 1.
-        batch_size: windows that ``run`` gets at once.
         fixed_size: whether ``run`` takes no other size than ``window``. Smaller images are then padded with 0 at the
             right and bottom.
 
     Returns:
-        Classes, uint8 or (above 256 classes) int16, and their probabilities, fp32: (H, W) or (B, H, W) each.
+        Classes, uint8 or (above 256 classes) int16, and their probabilities, fp32: (H, W) each.
 
     Raises:
-        ValueError: the overlap, window or batch size is not possible; ``run`` returns another number of classes.
+        ValueError: the overlap or the window is not possible; ``run`` returns another number of classes.
     """
     if not 0 <= overlap < 1:
         raise ValueError(f"the overlap of windows must be from 0 to below 1, got {overlap}")
     if min(window) < 1:
         raise ValueError(f"a window must have 1 x 1 pixels or more, got {window[0]} x {window[1]}")
-    if batch_size < 1:
-        raise ValueError(f"the batch size must be 1 or more, got {batch_size}")
-    if image.ndim == 4:
-        results = [
-            sliding_window(run, one, num_classes, window, overlap=overlap, batch_size=batch_size, fixed_size=fixed_size)
-            for one in image
-        ]
-        return torch.stack([labels for labels, _ in results]), torch.stack([scores for _, scores in results])
     height, width = image.shape[1:]
     if fixed_size:
         image = F.pad(image, (0, max(window[1] - width, 0), 0, max(window[0] - height, 0)))
     size = min(window[0], image.shape[1]), min(window[1], image.shape[2])
     blend = _Blend(image, num_classes, size, overlap)
     for y in blend.tops:
-        for first in range(0, len(blend.lefts), batch_size):
-            lefts = blend.lefts[first : first + batch_size]
-            windows = torch.stack([image[:, y : y + size[0], x : x + size[1]] for x in lefts])
-            blend.add(run(windows), y, lefts)
+        for x in blend.lefts:
+            blend.add(run(image[:, y : y + size[0], x : x + size[1]][None]), y, [x])
     return blend.labels[:height, :width], blend.scores[:height, :width]
-
-
-def resized_labels(logits: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """The most probable classes, and their probabilities, of (C, h, w) logits after resizing to ``size`` (H, W).
-
-    As ``F.interpolate(logits, size, mode="bilinear")`` has it, but in bands of rows, so that no (C, H, W) tensor is
-    made. Types as those of `sliding_window`.
-    """
-    labels, scores = _results(len(logits), size, logits.device)
-    for top, bottom in _bands(0, size[0]):
-        labels[top:bottom], scores[top:bottom] = _most_probable(_resized_rows(logits, size, top, bottom))
-    return labels, scores
 
 
 class _Blend:

@@ -1,42 +1,40 @@
 """Training a segmenter: configuration in, run folder out."""
 
-import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
-from timm.data import resolve_data_config
-from timm.models import PretrainedCfg
 from torch import Tensor, nn
 
 from qtvit import console
-from qtvit.checkpoints import WEIGHT_SOURCES, ModelInfo, load_model, own_args
-from qtvit.data import (
-    SegmentationData,
-    SegmentationDataset,
-    SegmentationTrainTransform,
-    load_segmentation_data,
-)
-from qtvit.data.segmentation import count_pixels
-from qtvit.deploy.segment import SegmentPredictor, SegmentPreprocess, mask_args, segment_pixels
-from qtvit.deploy.segment_evaluate import evaluate
-from qtvit.device import processes
+from qtvit.checkpoints import ModelInfo, load_model, own_args
 from qtvit.errors import some
-from qtvit.files import write_text
-from qtvit.models import build_task_model, check_img_size, load_backbone, model_cost
+from qtvit.models import check_img_size, load_backbone, model_cost
+from qtvit.training.config import DEFAULT_MODEL
+from qtvit.training.job import (
+    Job,
+    Loaders,
+    Speed,
+    Summary,
+    check_model,
+    make_loaders,
+    normalisation,
+    say_new_classifier,
+)
+from qtvit.training.options import absolute
+from qtvit.training.task import Task
 
-from .config import DEFAULT_MODEL
-from .job import SUMMARY, Job, Loaders, Speed, Summary, check_counts, make_loaders, run_job, with_workers
-from .options import absolute
-from .plots import plot_curves
-from .segment_config import SegmentConfig
-from .segment_report import write_report
-from .segmentation_loss import SegmentationLoss, balanced_weights
-from .segmentation_metrics import SegmentationConfusion
-from .task import Task
+from .config import SegmentConfig
+from .data import SegmentationData, SegmentationDataset, count_pixels, load_segmentation_data
+from .evaluate import evaluate
+from .loss import SegmentationLoss, balanced_weights
+from .metric import SegmentationConfusion
+from .model import build
+from .predict import SegmentPredictor, SegmentPreprocess, mask_args, segment_pixels
+from .report import write_report
+from .transforms import SegmentationTrainTransform
 
 EPOCH_COLUMNS = {
     "train/loss": "loss {:.4f}",
@@ -167,55 +165,46 @@ class SegmentJob(Job[SegmentConfig, SegmentSummary]):
     score = "mIoU"
     columns = EPOCH_COLUMNS
 
-    def __init__(self, config: SegmentConfig, device: torch.device, past: dict[str, Any]) -> None:
-        self.data = data = load_segmentation_data(
+    curves = CURVES
+
+    def read_data(self, config: SegmentConfig) -> SegmentationData:
+        data = load_segmentation_data(
             config.data, classes=config.classes, ignore_index=config.ignore_index, train_images=config.train_images
         )
-        check_counts(config, len(data.train), len(data.val))
-        if past and data.digest() != past["data"]:
-            raise ValueError(f"{config.data} is not what {config.resume} was training on: images were added or removed")
         for line in data.describe():
             console.say(line)
-        config = with_workers(config)
-        if past:
-            self.info = info = ModelInfo(**past["info"])
-            model = build_task_model(info.task, info.model, info.model_args, info.task_args)
-        else:
-            model, self.info = build_network(config, data)
-        self.config = config = replace(config, model=self.info.model)
+        return data
+
+    def build(self, config: SegmentConfig, data: SegmentationData) -> tuple[nn.Module, ModelInfo]:
+        return build_network(config, data)
+
+    def set_up(self, model: Any, device: torch.device, past: dict[str, Any]) -> None:
+        config, data = self.config, self.data
         self.preprocess = preprocess = SegmentPreprocess.of(self.info)
         check_img_size(model, preprocess.size, "--crop-size")
-        model = model.train().to(memory_format=torch.channels_last)
+        model = model.to(memory_format=torch.channels_last)
         self.task = SegmentTask(model, data, config, preprocess, class_weights(config, data))
         self.loaders = _loaders(config, data, preprocess, device)
-        self.data_name = data.name
         self.sources = [sample.image for sample in data.train]
-        self.description = {"data": data.digest()}
         self.about = f"{data.name}, in crops of {'x'.join(map(str, preprocess.size))} px"
 
-    def resolved(self) -> SegmentConfig:
-        config = self.config
-        return replace(
-            config,
-            data=absolute(config.data) or config.data,
-            checkpoint=absolute(config.checkpoint),
-            classes=absolute(config.classes),
-            head=self.info.task_args["head"],
-            head_channels=self.info.task_args["channels"],
-            img_size=self.preprocess.img_size or 0,
-        )
+    def resolved(self) -> dict[str, Any]:
+        return {
+            "classes": absolute(self.config.classes),
+            "head": self.info.task_args["head"],
+            "head_channels": self.info.task_args["channels"],
+            "img_size": self.preprocess.img_size or 0,
+        }
 
     def report(self, run: Path, speed: Speed) -> SegmentSummary:
-        config, data = self.config, self.data
-        predictor = SegmentPredictor.load(run, config.device)
+        data = self.data
+        predictor = SegmentPredictor.load(run, self.config.device)
         evaluation = evaluate(predictor, data.val, data.mask_classes)
-        plot_curves(run / "metrics.csv", run / "curves.png", CURVES)
         write_report(evaluation, run)
         network: Any = predictor.model
         network.aux = None
         cost = model_cost(network, predictor.preprocess.size)
-        batch = config.batch_size * processes()[1]
-        summary = SegmentSummary(
+        return SegmentSummary(
             run=str(run),
             miou=round(evaluation.scores.mean_iou(), 2),
             macc=round(evaluation.scores.mean_accuracy(), 2),
@@ -223,16 +212,8 @@ class SegmentJob(Job[SegmentConfig, SegmentSummary]):
             num_params=cost.num_params,
             num_macs=cost.num_macs,
             images_per_second=round(evaluation.images_per_second, 1),
-            train_seconds=round(speed.seconds, 1),
-            train_images_per_second=round(batch / speed.seconds_per_batch, 1) if speed.seconds_per_batch else None,
+            **speed.summary(),
         )
-        write_text(run / SUMMARY, json.dumps(asdict(summary), indent=2) + "\n")
-        return summary
-
-
-def run_training(config: SegmentConfig) -> SegmentSummary | None:
-    """Train a segmenter as ``config`` says; see `qtvit.training.job.run_job`."""
-    return run_job(config, SegmentJob)
 
 
 def build_network(config: SegmentConfig, data: SegmentationData) -> tuple[nn.Module, ModelInfo]:
@@ -246,30 +227,23 @@ def build_network(config: SegmentConfig, data: SegmentationData) -> tuple[nn.Mod
             raise ValueError(
                 f"--checkpoint {config.checkpoint} was trained to {source.task}; a classifier or segmenter fits"
             )
-        if config.model not in (None, source.model):
-            raise ValueError(f"--checkpoint {config.checkpoint} holds {source.model}, not {config.model}")
+        check_model(config, source)
         name, model_args, weights = source.model, source.model_args, network.state_dict()
-    elif config.freeze and not model_args.keys() & set(WEIGHT_SOURCES):
-        console.say(f"--freeze {config.freeze} without --checkpoint keeps random weights as they are")
     if model_args.get("in_chans", 3) != 3:
         raise ValueError(f"{name} is for images of {model_args['in_chans']} channels, and a segmenter reads RGB")
     model_args = {key: value for key, value in model_args.items() if key != "num_classes"}
     task_args = _task_args(config, data, source.task_args if source is not None else {})
-    model: Any = build_task_model("segment", name, model_args, task_args)
+    model: Any = build(name, model_args, task_args)
     if source is not None and source.task == "classify":
         try:
             load_backbone(model.backbone, weights)
         except ValueError as error:
             raise ValueError(f"{config.checkpoint}: {error}") from error
     elif source is not None:
-        _take_over(model, weights, source, task_args, data.classes, str(config.checkpoint))
-    if source is not None:
-        given: Mapping[str, Any] = source.preprocess
-    else:
-        cfg = timm.get_pretrained_cfg(name)
-        given = resolve_data_config(pretrained_cfg=(cfg or PretrainedCfg()).to_dict())
+        _take_over(model, weights, source, task_args, data.classes, config)
+    norm = normalisation(name, source)
     preprocess = SegmentPreprocess(
-        config.crop_shape(), config.base_size, config.window, tuple(given["mean"]), tuple(given["std"])
+        config.crop_shape(), config.base_size, config.window, tuple(norm["mean"]), tuple(norm["std"])
     )
     info = ModelInfo(
         name, own_args(model_args), list(data.classes), asdict(preprocess), task="segment", task_args=task_args
@@ -296,7 +270,7 @@ def _take_over(
     source: ModelInfo,
     task_args: Mapping[str, Any],
     classes: tuple[str, ...],
-    where: str,
+    config: SegmentConfig,
 ) -> None:
     """Fill a network with the weights of a segmenter; what does not fit starts anew, and that is said."""
     own = model.state_dict()
@@ -309,13 +283,10 @@ def _take_over(
     if source.task_args["head"] != task_args["head"]:
         fitting = {name: value for name, value in fitting.items() if not name.startswith("head.")}
     if others:
-        console.say(
-            f"{where} tells {len(source.classes)} other classes apart ({some(source.classes)}): "
-            f"its classifier starts anew for {some(classes)}"
-        )
+        say_new_classifier(config, source, classes)
     missing = [name for name in own if name not in fitting and not (others and CLASSIFIER in name)]
     if parts := dict.fromkeys(".".join(name.split(".")[:2]) for name in missing):
-        console.say(f"not in {where}, so they start anew: {some(list(parts))}")
+        console.say(f"not in {config.checkpoint}, so they start anew: {some(list(parts))}")
     model.load_state_dict({**own, **fitting})
 
 

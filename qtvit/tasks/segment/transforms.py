@@ -131,21 +131,18 @@ class RandomScaledCrop(v2.Transform):
 
 
 class SegmentationEvalTransform:
-    """PIL RGB image and (H, W) labels -> (3, H', W') fp32 and (H, W) int64: the labels keep the image's own size.
+    """PIL RGB image and (H, W) labels -> (3, H, W) fp32 and (H, W) int64.
 
     Args:
-        img_size: shorter side of the network's input, the aspect ratio kept; None for the image's own size.
         mean, std: per channel, for pixels from 0 to 1.
     """
 
     def __init__(
         self,
-        img_size: int | None = None,
         *,
         mean: tuple[float, ...] = IMAGENET_DEFAULT_MEAN,
         std: tuple[float, ...] = IMAGENET_DEFAULT_STD,
     ) -> None:
-        self.img_size = img_size
         self.mean = list(mean)
         self.std = list(std)
 
@@ -153,8 +150,6 @@ class SegmentationEvalTransform:
         return self.image(image), labels.long()
 
     def image(self, image: Image.Image) -> Tensor:
-        """(3, H', W') of an image alone."""
+        """(3, H, W) of an image alone."""
         pixels = tvf.pil_to_tensor(image)
-        if self.img_size is not None and min(image.size) != self.img_size:
-            pixels = tvf.resize(pixels, [self.img_size], InterpolationMode.BILINEAR, antialias=True)
         return tvf.normalize(tvf.to_dtype(pixels, torch.float32, scale=True), self.mean, self.std)

@@ -1,0 +1,13 @@
+"""The network of a classifier, which is a model of timm's registry as it is."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from qtvit.models import build_model
+
+
+def build(name: str, model_args: Mapping[str, Any], task_args: Mapping[str, Any]) -> nn.Module:
+    """The classifier that a model file describes; ``task_args`` are empty."""
+    return build_model(name, **model_args)
