@@ -25,50 +25,45 @@ __all__ = ["__version__", "explain", "load", "models", "train_classifier", "trai
 
 
 def __getattr__(name: str) -> Any:
-    """``qtvit.explain``, imported when it is first used."""
+    """Import ``qtvit.explain`` when it is first used."""
     if name == "explain":
         return importlib.import_module(".explain", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def load(path: str | Path, device: str = "auto", threads: int | None = None) -> Predictor:
-    """The trained model of a run folder, model file or exported file, ready to ``predict``.
-
-    See `qtvit.deploy.Predictor.load`.
-    """
+    """Load a trained model from a run folder, model file or exported file; see `qtvit.deploy.Predictor.load`."""
     from .deploy import Predictor
 
     return Predictor.load(path, device, threads)
 
 
 def train_classifier(**options: Any) -> RunSummary | None:
-    """``qtvit train classify`` with its options as keyword arguments, those of a group as a dictionary.
+    """Run ``qtvit train classify`` with its options as keyword arguments, and those of a group as a dictionary.
 
-    ``train_classifier(data="photos", model="qtvit_1", epochs=50, optim={"layer_decay": 0.8})``; see
-    `qtvit.tasks.classify.config.ClassifyConfig` for all of them, besides ``recipe``. Under ``torchrun``, None for
-    all processes but the first.
+    ``train_classifier(data="photos", model="qtvit_1", epochs=50, optim={"layer_decay": 0.8})``. All options are
+    ``recipe`` and the fields of `qtvit.tasks.classify.config.ClassifyConfig`. Under ``torchrun``, all processes but
+    the first return None.
 
     Raises:
-        ValueError, FileNotFoundError: as the command's errors.
-        KeyboardInterrupt: the user pressed Ctrl-C; the message says how to go on.
+        ValueError, FileNotFoundError: the command's errors.
+        KeyboardInterrupt: the user pressed Ctrl-C; the message says how to resume.
     """
     return _train("classify", options)
 
 
 def train_detector(**options: Any) -> DetectSummary | None:
-    """``qtvit train detect`` with its options as keyword arguments, as `train_classifier` has them.
+    """Run ``qtvit train detect`` with the fields of `qtvit.tasks.detect.config.DetectConfig`, as `train_classifier`.
 
-    ``train_detector(data="photos", checkpoint="runs/qtvit_1-imagenet", min_size=[480, 640])``; see
-    `qtvit.tasks.detect.config.DetectConfig` for all of them.
+    ``train_detector(data="photos", checkpoint="runs/qtvit_1-imagenet", min_size=[480, 640])``
     """
     return _train("detect", options)
 
 
 def train_segmenter(**options: Any) -> SegmentSummary | None:
-    """``qtvit train segment`` with its options as keyword arguments, as `train_classifier` has them.
+    """Run ``qtvit train segment`` with the fields of `qtvit.tasks.segment.config.SegmentConfig`, as `train_classifier`.
 
-    ``train_segmenter(data="streets", model="qtvit_1", head="light", crop_size="512x1024", loss={"dice": 1.0})``; see
-    `qtvit.tasks.segment.config.SegmentConfig` for all of them.
+    ``train_segmenter(data="streets", model="qtvit_1", head="light", crop_size="512x1024", loss={"dice": 1.0})``
     """
     return _train("segment", options)
 

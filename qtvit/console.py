@@ -1,4 +1,4 @@
-"""What is said while work goes on: lines and progress bars, or nothing at all."""
+"""Output of commands: lines and progress bars, unless they are quiet."""
 
 import sys
 from collections.abc import Iterable, Iterator
@@ -15,7 +15,7 @@ _quiet = ContextVar("quiet", default=False)
 
 @contextmanager
 def quiet(enable: bool = True) -> Iterator[None]:
-    """Within this context `say` and `progress` keep silent (the command's ``--quiet``)."""
+    """Silence `say` and `progress` within this context (the option ``--quiet``)."""
     token = _quiet.set(enable)
     try:
         yield
@@ -24,7 +24,7 @@ def quiet(enable: bool = True) -> Iterator[None]:
 
 
 def is_quiet() -> bool:
-    """Whether `quiet` is in force."""
+    """Whether `say` and `progress` are silenced."""
     return _quiet.get()
 
 
@@ -35,17 +35,17 @@ def say(line: str) -> None:
 
 
 def result(line: str) -> None:
-    """As `say`, but in any case: for what was asked for."""
-    if sys.stdout is not None:  # a daemon may have none
+    """Print a line even with ``--quiet``: what the user asked for."""
+    if sys.stdout is not None:  # None in a process without a console
         tqdm.write(line)
         sys.stdout.flush()
 
 
 def progress(items: Iterable[T], *, total: int | None = None, desc: str | None = None, unit: str = "it") -> Iterable[T]:
-    """``items`` with a progress bar that goes when they end; without a terminal there is none."""
+    """Iterate with a progress bar that disappears at the end; there is none without a terminal."""
     return tqdm(items, total=total, desc=desc, unit=unit, leave=False, disable=True if is_quiet() else None)
 
 
 def shorten(text: str, num_chars: int) -> str:
-    """``text``, cut to ``num_chars`` characters, the last of which then is an ellipsis."""
+    """``text``, cut to at most ``num_chars`` characters, of which the last is then an ellipsis."""
     return text if len(text) <= num_chars else text[: num_chars - 1].rstrip() + "…"

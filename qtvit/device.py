@@ -1,4 +1,4 @@
-"""Devices by name, and what a run has to do with processes, cores, memory and signals."""
+"""Devices by name, and what runs need to know or set about processes, cores, memory and signals."""
 
 import ctypes
 import os
@@ -10,15 +10,12 @@ from typing import Any
 
 import torch
 
-_KEPT = {-1: 1 << 30, -3: 32 << 20}
-"""M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of malloc.h, in bytes; glibc documents 32 MiB as the most for the latter."""
-
 
 def resolve_device(name: str = "auto") -> torch.device:
     """The device called ``name``: "auto" (an accelerator if there is one), "cpu", "cuda", "cuda:1", "mps", …
 
     Raises:
-        ValueError: there is no such device here; the message lists those there are.
+        ValueError: this machine has no such device; the message lists the devices it has.
     """
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     if name == "auto":
@@ -36,45 +33,41 @@ def resolve_device(name: str = "auto") -> torch.device:
 
 
 def processes() -> tuple[int, int]:
-    """The number of this process and how many there are, as ``torchrun`` sets them; (0, 1) without it."""
+    """Rank of this process and number of processes, as ``torchrun`` sets them; (0, 1) without it."""
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
 def num_cores() -> int:
-    """The cores this process may use."""
+    """Number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def ignore_interrupts(worker: int) -> None:
-    """For loader processes: Ctrl-C reaches them too, but is for the process that has them to handle."""
+    """Initialise a loader process: Ctrl-C also reaches it, but is handled by its parent."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def keep_freed_memory() -> None:
-    """Have glibc keep what tensors leave free, up to 1 GiB, instead of returning it and asking for it anew.
+    """Let glibc keep up to 1 GiB of freed memory instead of returning it to the system.
 
-    Each step of a training on the CPU takes and leaves the same memory, and a seventh of its time would go into fresh
-    pages, which the system clears. Where the C library is another one, nothing is done.
+    Each training step on a CPU allocates and frees the same memory, and a seventh of its time would go into fresh
+    pages, which the system clears. With another C library, nothing is done.
     """
-    mallopt = _from_libc("mallopt")
-    if mallopt is not None:
-        for option, size in _KEPT.items():
-            mallopt(option, size)
+    if (mallopt := _from_libc("mallopt")) is not None:
+        mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD in malloc.h, in bytes
+        mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD; 32 MiB is the largest value that glibc documents
 
 
 @contextmanager
 def kept_signal_stack() -> Iterator[None]:
-    """Leave this thread with the stack for signal handlers (``sigaltstack``) that it had; around OpenVINO.
+    """Restore this thread's stack for signal handlers (``sigaltstack``) afterwards; for use around OpenVINO.
 
-    On Linux, each ``openvino.Core`` gives the thread that loads its CPU plugin a stack of its own. When the plugin
-    goes, it frees that, and puts the one before back only if its own is still in use. Of two, the first to go thus
-    leaves the thread with memory that is gone, and the next signal with a handler, such as Ctrl-C or the end of a
-    loader's process, ends the process without a word.
+    On Linux, each ``openvino.Core`` gives the thread that loads its CPU plugin a signal stack. When the plugin is
+    unloaded, it frees that stack, but restores the previous one only if its own is still in use. So of two, the first
+    that is unloaded leaves the thread with freed memory, and the next handled signal, such as Ctrl-C or the exit of a
+    loader process, kills the process without a message.
     """
-    sigaltstack = _from_libc("sigaltstack")
-    if sigaltstack is None:
-        yield
-        return
+    sigaltstack = _from_libc("sigaltstack") or (lambda new, old: None)
     stack = ctypes.create_string_buffer(64)  # larger than a stack_t
     sigaltstack(None, stack)
     try:
@@ -84,5 +77,5 @@ def kept_signal_stack() -> Iterator[None]:
 
 
 def _from_libc(name: str) -> Any:
-    """A function of the C library on Linux, or None."""
+    """A function of the C library; None if it is missing or this is not Linux."""
     return getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all."""
+"""Writing files in one step, so that no half-written ones are left."""
 
 import os
 import tempfile
@@ -8,11 +8,11 @@ from pathlib import Path
 
 
 def open_folder(path: Path, *, exist_ok: bool = True) -> Path:
-    """Make the folder and those above it, and check that files can be written there.
+    """Create a folder with its parents, and check that files can be written there.
 
     Raises:
-        FileExistsError: it is there already, and ``exist_ok`` is false.
-        OSError: it cannot be made or written to; the message names it.
+        FileExistsError: it exists, and ``exist_ok`` is false.
+        OSError: it cannot be created or written to; the message names it.
     """
     try:
         path.mkdir(parents=True, exist_ok=exist_ok)
@@ -25,7 +25,7 @@ def open_folder(path: Path, *, exist_ok: bool = True) -> Path:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write ``text`` as `replacing` does."""
+    """Write ``text`` to ``path`` in one step."""
     with replacing(path) as temporary:
         try:
             temporary.write_text(text, encoding="utf-8")
@@ -35,7 +35,7 @@ def write_text(path: Path, text: str) -> None:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary file to write, which becomes ``path`` at the end: whatever happens, there is the old file or the new.
+    """Yield a temporary file that replaces ``path`` at the end, so that ``path`` is always the old file or the new one.
 
     After an error the temporary file is removed.
     """
@@ -47,7 +47,7 @@ def replacing(path: Path) -> Iterator[Path]:
             raise OSError(f"{path}: cannot be written ({error.strerror})") from error
         mode = temporary.stat().st_mode
         yield temporary
-        temporary.chmod(mode)  # safetensors makes files that nobody else can read
+        temporary.chmod(mode)  # safetensors creates files that only their owner can read
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)

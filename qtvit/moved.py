@@ -1,4 +1,4 @@
-"""Names that the documentation has given for what is in `qtvit.tasks`, `qtvit.doctor` and `qtvit.ablation`."""
+"""Old names of what is in `qtvit.tasks`, `qtvit.doctor` and `qtvit.ablation`: documentation has given them."""
 
 import importlib
 import importlib.abc
@@ -10,46 +10,29 @@ from typing import Any
 
 NAMES: dict[str, dict[str, str]] = {
     "qtvit.data": {
-        "check_data": "qtvit.tasks.classify.check",
-        "check_detection_data": "qtvit.tasks.detect.check",
-        "check_segmentation_data": "qtvit.tasks.segment.check",
-        "DetectionData": "qtvit.tasks.detect.data",
-        "DetectionDataset": "qtvit.tasks.detect.data",
-        "DetectionTransform": "qtvit.tasks.detect.transforms",
-        "drop_broken": "qtvit.tasks.classify.unreadable",
-        "find_broken": "qtvit.tasks.classify.unreadable",
-        "ImageDataset": "qtvit.tasks.classify.data",
-        "LabelledImages": "qtvit.tasks.classify.data",
-        "load_detection_data": "qtvit.tasks.detect.data",
-        "load_held_out": "qtvit.tasks.detect.data",
-        "load_labelled_images": "qtvit.tasks.classify.data",
-        "load_segmentation_data": "qtvit.tasks.segment.data",
-        "MaskClasses": "qtvit.tasks.segment.masks",
-        "pack_folder": "qtvit.tasks.classify.pack",
-        "read_split": "qtvit.tasks.classify.data",
-        "SegmentationData": "qtvit.tasks.segment.data",
-        "SegmentationDataset": "qtvit.tasks.segment.data",
-        "SegmentationEvalTransform": "qtvit.tasks.segment.transforms",
-        "SegmentationSample": "qtvit.tasks.segment.layout",
-        "SegmentationTrainTransform": "qtvit.tasks.segment.transforms",
-        "TrainTransform": "qtvit.tasks.classify.transforms",
-        "write_scenes": "qtvit.tasks.scenes",
+        "qtvit.tasks.classify.check": "check_data",
+        "qtvit.tasks.classify.data": "ImageDataset LabelledImages load_labelled_images read_split",
+        "qtvit.tasks.classify.pack": "pack_folder",
+        "qtvit.tasks.classify.transforms": "TrainTransform",
+        "qtvit.tasks.classify.unreadable": "drop_broken find_broken",
+        "qtvit.tasks.detect.check": "check_detection_data",
+        "qtvit.tasks.detect.data": "DetectionData DetectionDataset load_detection_data load_held_out",
+        "qtvit.tasks.detect.transforms": "DetectionTransform",
+        "qtvit.tasks.scenes": "write_scenes",
+        "qtvit.tasks.segment.check": "check_segmentation_data",
+        "qtvit.tasks.segment.data": "SegmentationData SegmentationDataset load_segmentation_data",
+        "qtvit.tasks.segment.layout": "SegmentationSample",
+        "qtvit.tasks.segment.masks": "MaskClasses",
+        "qtvit.tasks.segment.transforms": "SegmentationEvalTransform SegmentationTrainTransform",
     },
     "qtvit.deploy": {
-        "ClassPredictor": "qtvit.tasks.classify.predict",
-        "DetectPredictor": "qtvit.tasks.detect.predict",
-        "Detections": "qtvit.tasks.detect.predict",
-        "Prediction": "qtvit.tasks.classify.predict",
-        "Segmentation": "qtvit.tasks.segment.predict",
-        "SegmentPredictor": "qtvit.tasks.segment.predict",
-        "Views": "qtvit.tasks.segment.predict",
+        "qtvit.tasks.classify.predict": "ClassPredictor Prediction",
+        "qtvit.tasks.detect.predict": "DetectPredictor Detections",
+        "qtvit.tasks.segment.predict": "Segmentation SegmentPredictor Views",
     },
-    "qtvit.models": {
-        "Detector": "qtvit.tasks.detect.model",
-        "build_detector": "qtvit.tasks.detect.model",
-    },
+    "qtvit.models": {"qtvit.tasks.detect.model": "Detector build_detector"},
 }
-"""By package, where each name is."""
+"""By package that names were imported from: the modules they are in, each with its names."""
 
 MODULES = {
     "qtvit.data.detection": "qtvit.tasks.detect.data",
@@ -57,17 +40,19 @@ MODULES = {
     "qtvit.deploy.doctor": "qtvit.doctor",
     "qtvit.training.table3": "qtvit.ablation.table3",
 }
+"""The modules that were moved as a whole: old name to new name."""
 
 
 def find(package: str, name: str) -> Any:
-    """For ``__getattr__`` of a package; AttributeError if it has no such name here."""
-    if name not in NAMES[package]:
-        raise AttributeError(f"module {package!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(NAMES[package][name]), name)
+    """Import ``name``, which was in ``package``; AttributeError if it was not. For the package's ``__getattr__``."""
+    for module, names in NAMES[package].items():
+        if name in names.split():
+            return getattr(importlib.import_module(module), name)
+    raise AttributeError(f"module {package!r} has no attribute {name!r}")
 
 
 class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Imports the modules in `MODULES` as what they are called now."""
+    """Imports the modules in `MODULES` under both names."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -78,9 +63,9 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         return importlib.import_module(MODULES[spec.name])
 
     def exec_module(self, module: ModuleType) -> None:
-        """It is executed already."""
+        """Do nothing: importing the module under its own name has executed it."""
 
 
 def install() -> None:
-    """Let the modules in `MODULES` be imported."""
+    """Make the old names in `MODULES` importable."""
     sys.meta_path.append(_Finder())

@@ -1,7 +1,7 @@
-"""Weights of others as model files of ours, and ours under the authors' names."""
+"""Converting the weights of others to model files, and ours to the authors' format."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,16 +29,15 @@ SOURCES = {
 
 @dataclass(frozen=True)
 class Conversion:
-    """A state dict under our names, and how it came about.
+    """Converted weights, and how they were made. Tensors are listed by our names.
 
     Attributes:
-        state_dict: of a new model ``info.model`` that has loaded the weights, strictly.
+        state_dict: of a new model ``info.model`` that has loaded the weights strictly.
         info: description for the model file.
-        mapped: for each tensor that was in the file, its name there by its name in ``state_dict``.
-        transformed: what was done to some of them, by our name.
-        added: the parts that the source's attention has not, at the values that disturb least.
-        missing, unexpected: what the strict loading found to lack, and to be left over.
-        remarks: what else is worth knowing.
+        mapped: name in the file of each tensor that was taken from it.
+        transformed: changes of such tensors.
+        added: tensors that the source's attention does not have, at the values that disturb least.
+        remarks: further information for the user.
     """
 
     state_dict: dict[str, Tensor]
@@ -46,12 +45,10 @@ class Conversion:
     mapped: dict[str, str]
     transformed: dict[str, str]
     added: list[str]
-    missing: list[str]
-    unexpected: list[str]
     remarks: list[str]
 
     def report(self, verbose: bool = False) -> str:
-        """Counts of what was mapped, transformed and added; with ``verbose``, every tensor."""
+        """The numbers of tensors that were mapped, transformed and added; with ``verbose``, every tensor."""
         with torch.device("meta"):
             num_params = sum(p.numel() for p in build_model(self.info.model, **self.info.model_args).parameters())
         what = ", ".join(f"{name}={value}" for name, value in self.info.model_args.items())
@@ -60,8 +57,8 @@ class Conversion:
             f"  mapped       {len(self.mapped):4d}",
             f"  transformed  {len(self.transformed):4d}  {_counts(self.transformed.values())}",
             f"  added        {len(self.added):4d}  {_counts(_part(name) for name in self.added)}",
-            f"  missing      {len(self.missing):4d}",
-            f"  unexpected   {len(self.unexpected):4d}",
+            "  missing         0",  # the new model has loaded the weights strictly
+            "  unexpected      0",
         ]
         if verbose:
             for name, tensor in self.state_dict.items():
@@ -80,18 +77,18 @@ def convert(
     ema: bool = False,
     classes: Sequence[str] | None = None,
 ) -> Conversion:
-    """The weights in ``src`` under our names, checked by loading them strictly.
+    """Convert the weights in ``src`` to our names, and check them by loading them strictly.
 
-    The release and models of ours stay what they are. EfficientViT's weights go into a QT-ViT: all that they have is
-    taken over, the positional maps begin at 0, the shortcuts silent. With ``kernel="relu"`` its outputs are those of
-    the source, with another they are a start for fine-tuning.
+    Weights of the release and of qtvit keep their architecture. EfficientViT's become a QT-ViT: all of them are used,
+    positional maps start at 0, and shortcuts output 0. With ``kernel="relu"`` the outputs are those of the source;
+    with another kernel, the weights are a start for fine-tuning.
 
     Args:
         src: weights file (see `read_weights`), model file, run folder, or name of a model that comes with the package.
-        model: the model they have to be of; default: found by names and shapes.
-        kernel: of the model to write; for weights of ours whose kernel cannot be told, theirs. Default: theirs, or
-            "taylor2" for those of EfficientViT.
-        img_size: (H, W) to which the positional maps are resized; default: theirs.
+        model: the model that the weights must be of; default: found by names and shapes.
+        kernel: of the model to write; default: "taylor2" for EfficientViT's weights, and otherwise the kernel they were
+            trained with, which must be given if several have the same scalars.
+        img_size: (H, W) to resize the positional maps for; default: theirs.
         ema: take the moving average in a training checkpoint.
         classes: names of the classes, in the order of the outputs.
 
@@ -117,6 +114,7 @@ def _convert(
     img_size: Sequence[int] | None,
     classes: Sequence[str] | None,
 ) -> Conversion:
+    """Convert as `convert` does; the messages of ValueErrors lack the path."""
     remarks = list(weights.remarks)
     source = source_of(weights.tensors)
     is_efficientvit = source in ("mit", "timm")
@@ -146,52 +144,46 @@ def _convert(
                 "--kernel relu they are); the recipe swap/efficientvit_to_qtvit does that, from the source itself"
             )
     elif kernel is None and len(kernels) > 1:
-        raise ValueError(
-            f"{kernel_mismatch(weights.tensors, DEFAULT_KERNEL)}; --kernel says which they were trained with"
-        )
+        why = kernel_mismatch(weights.tensors, DEFAULT_KERNEL)
+        raise ValueError(f"{why}; --kernel says which they were trained with")
     elif kernel is not None and kernel not in kernels:
         raise ValueError(f"trained with kernel {' or '.join(kernels)}, not {kernel}")
     if img_size is not None:
         args["img_size"] = list(img_size)
+        # The scores are dropped, as they were measured at another size.
         info = replace(info, preprocess={**info.preprocess, "size": list(img_size)}, metrics={})
     if classes is not None:
         if len(classes) != args.get("num_classes", len(info.classes)):
             raise ValueError(f"has {len(info.classes)} outputs, but {len(classes)} classes are named")
         info = replace(info, classes=list(classes))
-    whose = SOURCES.get(source, "a model of qtvit")
-    info = replace(info, model_args=args, source=info.source or f"{file}, {whose}")
+    info = replace(info, model_args=args, source=info.source or f"{file}, {SOURCES.get(source, SOURCES['qtvit'])}")
 
     target: Any = build_model(info.model, **args)
     if img_size is not None:
         check_img_size(target, (img_size[0], img_size[1]))
     fitted = fit_weights(weights.tensors, target.state_dict(), target.cfg, target.kernel)
-    missing, unexpected = load_strictly(target, fitted)
+    load_strictly(target, fitted)
     state_dict = target.state_dict()
     if broken := [name for name, tensor in state_dict.items() if not tensor.isfinite().all()]:
         raise ValueError(f"NaN or infinity in {len(broken)} tensors: {some(broken, 3)}")
     mapped = {ours: theirs for theirs, ours in own_names(weights.tensors, state_dict, target.cfg).items()}
-    transformed = {
-        ours: change
-        for ours, theirs in mapped.items()
-        if (change := _change(weights.tensors[theirs], state_dict[ours]))
-    }
+    changes = {ours: _change(weights.tensors[theirs], state_dict[ours]) for ours, theirs in mapped.items()}
+    transformed = {name: change for name, change in changes.items() if change}
     added = [name for name in state_dict if name not in mapped]
-    return Conversion(state_dict, info, mapped, transformed, added, missing, unexpected, remarks)
+    return Conversion(state_dict, info, mapped, transformed, added, remarks)
 
 
 def save_released(path: Path, state_dict: dict[str, Tensor], info: ModelInfo) -> None:
-    """Write weights of ours as the authors' code loads them: under its names, in a .pt file within ``state_dict``.
+    """Write weights of ours with the authors' names, for their code to load; in a .pt file, under ``state_dict``.
 
     Raises:
-        ValueError: the model has another kernel than theirs, or lacks a part that theirs has.
+        ValueError: the model has another kernel than the authors', or lacks a part that theirs has.
         OSError: the file cannot be written.
     """
     for name, only in (("kernel", DEFAULT_KERNEL), ("ape", True), ("shortcut", True), ("attn_eps", None)):
         if info.model_args.get(name, only) != only:
-            raise ValueError(
-                f"{path} not written: the authors' code has {name}={only} alone, "
-                f"this model {name}={info.model_args[name]}"
-            )
+            own = info.model_args[name]
+            raise ValueError(f"{path} not written: the authors' code has {name}={only} alone, this model {name}={own}")
     cfg = ARCHITECTURES[info.model.split(".")[0]]
     released = {released_name(name, cfg): tensor.contiguous() for name, tensor in state_dict.items()}
     open_folder(path.parent)
@@ -206,24 +198,21 @@ def save_released(path: Path, state_dict: dict[str, Tensor], info: ModelInfo) ->
 
 
 def _change(before: Tensor, after: Tensor) -> str:
-    """What was done to a tensor, apart from its name."""
+    """What was done to a tensor apart from renaming it; empty if nothing was."""
     changes = []
     if before.dtype != after.dtype:
-        changes.append(f"{_dtype(before)} -> {_dtype(after)}")
+        changes.append(f"{before.dtype} -> {after.dtype}".replace("torch.", ""))
     if before.shape != after.shape:
         changes.append("map resized " + " -> ".join("x".join(map(str, t.shape[2:])) for t in (before, after)))
     return ", ".join(changes)
 
 
-def _dtype(tensor: Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
-
-
 def _part(name: str) -> str:
+    """The kind of a tensor in ``Conversion.added``."""
     if "pos_embed" in name:
         return "positional maps at 0"
     return "tensors of silent shortcuts" if "shortcut_norm" in name else "kernel scalars"
 
 
-def _counts(items: Any) -> str:
+def _counts(items: Iterable[str]) -> str:
     return ", ".join(f"{count} {item}" for item, count in Counter(items).items())

@@ -1,4 +1,4 @@
-"""The model card: what a model is, what it was trained on and how, what it scores, how to use it, who may."""
+"""The model card: a model's architecture, data, training, scores, use and licence."""
 
 import json
 from collections.abc import Mapping
@@ -35,7 +35,7 @@ SETTINGS = {
     "checkpoint": "Started from",
     "seed": "Seed",
 }
-"""Of a run's config.yaml, what the card shows before the whole of it, where it is set."""
+"""Settings in a run's config.yaml that the card lists, if they are set, above the whole file."""
 NUM_CLASSES_SHOWN = 50
 CITATION = """\
 @inproceedings{xu2024qtvit,
@@ -55,21 +55,21 @@ def model_card(
     license: str | None = None,
     dataset: str | None = None,
 ) -> ModelCard:
-    """The card of a model that is going to be ``repo_id`` on the Hub.
+    """Generate the card of a model that will be ``repo_id`` on the Hub.
 
     Args:
-        model, info: what `load_model` returns.
+        model, info: the result of `load_model`.
         repo_id: "USER/MODEL".
-        run: its run folder, whose config.yaml, scores.json and summary.json say more; where files were, they do not.
-        license, dataset: the Hub's identifiers, for the weights and of what they were trained on.
+        run: run folder; its config.yaml, scores.json and summary.json are used, without folders and servers in them.
+        license, dataset: the Hub's identifiers of the weights' licence and of the training data.
     """
-    config = _read(run / "config.yaml") if run else {}
-    summary = _read(run / "summary.json") if run else {}
-    metrics = {**info.metrics, **(_read(run / "scores.json") if run else {})}
+    files = ("config.yaml", "summary.json", "scores.json")
+    config, summary, scores = (_read(run / name) if run else {} for name in files)
+    metrics = {**info.metrics, **scores}
     data = dataset or config.get("data")
     ours = isinstance(model, QTViT)
     checkpoint = str(config.get("checkpoint"))
-
+    shown = [name for name in ("top1", "top5") if name in metrics and (name == "top1" or len(info.classes) > 5)]
     facts = ModelCardData(
         library_name="timm",
         tags=["image-classification", "timm", "qtvit"],
@@ -88,8 +88,7 @@ def model_card(
                 metric_name=METRICS[name],
                 metric_value=round(metrics[name], 2),
             )
-            for name in ("top1", "top5")
-            if name in metrics and (name == "top1" or len(info.classes) > 5)
+            for name in shown
         ]
         or None,
     )
@@ -110,6 +109,7 @@ def model_card(
 
 
 def _what(model: nn.Module, info: ModelInfo, data: str | None) -> str:
+    """The section that describes the network and its classes."""
     preprocess = dict(info.preprocess)
     height, width = preprocess.pop("size")
     cost = model_cost(model, (height, width))
@@ -123,14 +123,10 @@ def _what(model: nn.Module, info: ModelInfo, data: str | None) -> str:
         "Made with": f"qtvit {info.version or __version__}",
     }
     kind = f" with the network of QT-ViT (attention kernel {_code(model.kernel)})" if isinstance(model, QTViT) else ""
+    head = f"An image classifier{kind}{f', trained on {_code(data)}' if data else ''}."
     classes = f"{len(info.classes)} classes: {some([*map(_code, info.classes)], NUM_CLASSES_SHOWN)}."
-    return "\n\n".join(
-        [
-            f"An image classifier{kind}{f', trained on {_code(data)}' if data else ''}.",
-            _table({name: value for name, value in rows.items() if value}),
-            classes if info.classes else "It has no classifier: its output are features.",
-        ]
-    )
+    tail = classes if info.classes else "It has no classifier: its output are features."
+    return "\n\n".join([head, _table({name: value for name, value in rows.items() if value}), tail])
 
 
 def _scores(metrics: Mapping[str, Any], num_classes: int, data: str | None) -> list[str]:
@@ -150,19 +146,11 @@ def _use(info: ModelInfo, repo_id: str, ours: bool) -> str:
     name = f"{HUB}{repo_id}"
     in_chans = info.model_args.get("in_chans", 3)
     height, width = info.preprocess["size"]
-    imports = (
-        "import qtvit  # registers the network with timm\nimport timm\nimport torch"
-        if ours
-        else "import timm\nimport torch"
-    )
+    imports = "import qtvit  # registers the network with timm\n" * ours + "import timm\nimport torch"
     create = f'model = timm.create_model("{name}", pretrained=True).eval()'
     if in_chans != 3 or not info.classes:
-        return f"""```python
-{imports}
-
-{create}
-output = model(torch.zeros(1, {in_chans}, {height}, {width}))
-```"""
+        run = f"output = model(torch.zeros(1, {in_chans}, {height}, {width}))"
+        return f"```python\n{imports}\n\n{create}\n{run}\n```"
     return f"""With the package `qtvit`, at the command line, to label images and to train on from here:
 
 ```sh
@@ -213,7 +201,7 @@ def _training(config: Mapping[str, Any], summary: Mapping[str, Any], epoch: floa
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """What a YAML or JSON file says, without the folders and servers of its author; nothing if there is none."""
+    """The content of a YAML or JSON file, without the author's folders and servers; empty if there is no file."""
     if not path.is_file():
         return {}
     try:
@@ -224,7 +212,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _public(value: Any) -> Any:
-    """``value`` with the last part alone of every absolute path and URL in it."""
+    """``value`` with every absolute path and URL in it cut to its last part."""
     match value:
         case dict():
             return {name: _public(item) for name, item in value.items()}
@@ -244,7 +232,7 @@ def _show(value: Any) -> str:
 
 
 def _code(text: str) -> str:
-    """``text`` as it is, whatever Markdown would make of it."""
+    """``text`` as Markdown code, so that no character in it is markup."""
     return "`" + " ".join(text.replace("`", "'").split()) + "`"
 
 

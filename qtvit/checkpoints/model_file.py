@@ -1,4 +1,4 @@
-"""The model file: weights as safetensors, and in its metadata all that is needed to use them."""
+"""The model file: weights as safetensors, with all that is needed to use them in its metadata."""
 
 import dataclasses
 import json
@@ -27,28 +27,26 @@ WEIGHT_SOURCES = ("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "che
 """Arguments of ``timm.create_model`` that say where weights come from."""
 ATTENTION_ARGS = ("kernel", "ape", "shortcut", "attn_eps")
 """Arguments of a model that say which weights its attention has, and what they mean."""
-EXPORTED = (".onnx", ".xml", ".pt2")
-"""What `qtvit export` writes."""
 BEST = "best.safetensors"
 """Name of the model file in a run folder."""
 
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """What a model file says of its model.
+    """The description in a model file.
 
     Attributes:
-        model: name, as for ``timm.create_model``.
-        model_args: the arguments it was built with.
+        model: name for ``timm.create_model``.
+        model_args: arguments the model was built with.
         classes: names in the order of the outputs.
         preprocess: fields of ``qtvit.data.Preprocess``.
         metrics: scores on the held-out images.
-        split: how images were held out from training, see `LabelledImages` of the task "classify"; empty
-            if they came apart.
-        task: "classify", "detect" or "segment".
-        task_args: what the task's network was built with besides: its heads, the ids of its categories.
-        source: the file that converted weights came from, and whose they were; empty if they were trained here.
-        version: of the qtvit that wrote it.
+        split: how images were held out from training, see `LabelledImages` of the task "classify"; empty if the data
+            came with a separate held-out part.
+        task: name in the registry of tasks, such as "classify".
+        task_args: further arguments of the task's network, such as its heads and the ids of its categories.
+        source: file and origin of converted weights; empty for weights trained by qtvit.
+        version: version of qtvit that wrote the file.
     """
 
     model: str
@@ -64,9 +62,7 @@ class ModelInfo:
 
     @classmethod
     def of_weights(cls, model: str, model_args: dict[str, Any]) -> "ModelInfo":
-        """What can be said of weights without a description: ImageNet's classes if there are 1000, and the model's
-        default preprocessing.
-        """
+        """A description of weights that have none: the model's preprocessing, and ImageNet's classes if 1000."""
         num_classes = model_args["num_classes"]
         imagenet = ImageNetInfo().label_names()
         classes = list(imagenet) if num_classes == len(imagenet) else [f"class {i}" for i in range(num_classes)]
@@ -78,15 +74,15 @@ class ModelInfo:
 
 
 def own_args(model_args: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a model without those that say where its weights come from: a model file holds its own."""
+    """``model_args`` without `WEIGHT_SOURCES`, for a model file, which has weights of its own."""
     return {name: value for name, value in model_args.items() if name not in WEIGHT_SOURCES}
 
 
 def save_model(path: Path, state_dict: dict[str, Tensor], info: ModelInfo) -> None:
-    """Write the model file in one step: a crash leaves the old file or the new one.
+    """Write the model file in one step, so that a crash leaves either the old file or the new one.
 
     Raises:
-        OSError: the disk is full, or not to be written to.
+        OSError: the file cannot be written, for example because the disk is full.
     """
     info = dataclasses.replace(info, model_args=own_args(info.model_args), version=__version__)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state_dict.items()}
@@ -100,24 +96,20 @@ def save_model(path: Path, state_dict: dict[str, Tensor], info: ModelInfo) -> No
 def load_model(
     path: str | Path, *, task: str | None = None, swap_kernel: bool = False, **model_args: Any
 ) -> tuple[nn.Module, ModelInfo]:
-    """The model in ``path``, in evaluation mode on the CPU: a run folder, a model file, weights alone (of a model of
-    ours, the authors' release, EfficientViT), the name of a model that comes with the package (nano-cifar10), or of
-    one on the Hugging Face Hub ("hf-hub:USER/MODEL").
-
-    ``model_args`` are added to those it was built with, or replace them, but for the ``kernel``: weights are of one.
-    For a file without a description whose kernel cannot be told, ``kernel`` says it.
+    """Load a model, in evaluation mode and on the CPU, and its description.
 
     Args:
-        path: where the model is.
-        task: that the model has to be for; None for any.
-        swap_kernel: build a model with the default attention, or that of ``model_args``, whichever the weights were
-            trained with: all that both have is taken over, see `qtvit.models.foreign.take_over`.
-        model_args: arguments of the model.
+        path: run folder, model file, weights without a description (of a model of ours, the authors' release or
+            EfficientViT), name of a model that comes with the package (nano-cifar10), or "hf-hub:USER/MODEL".
+        task: the task that the model must be for; None for any.
+        swap_kernel: build a model with the default attention, or the one in ``model_args``, whatever attention the
+            weights were trained with, and load what both have in common (`qtvit.models.foreign.take_over`).
+        model_args: added to the arguments that the model was built with, or replacing them. ``kernel`` cannot be
+            replaced, as weights are trained with one; it is needed for weights that several kernels may have.
 
     Raises:
         FileNotFoundError: there is no such file, or no model file in the run folder.
-        ValueError: it holds no model of ours, was trained for another task or with another kernel, or its weights or
-            classes do not fit its model.
+        ValueError: it holds no model, one for another task or kernel, or weights or classes that do not fit it.
     """
     path = find_model_file(path)
     kernel = model_args.get("kernel")
@@ -148,27 +140,19 @@ def load_model(
 
 
 def check_task(path: str | Path, info: ModelInfo, task: str) -> None:
-    """ValueError unless the model in ``path`` was trained for ``task``."""
+    """Raise a ValueError unless the model in ``path`` was trained for ``task``."""
     if info.task != task:
         raise ValueError(f"{path}: its {info.model} was trained to {info.task}, and a model to {task} is needed")
 
 
-def load_strictly(model: nn.Module, state_dict: dict[str, Tensor]) -> tuple[list[str], list[str]]:
-    """Load weights that have to fit exactly.
-
-    Returns:
-        What ``load_state_dict`` found missing and unexpected.
-
-    Raises:
-        ValueError: they do not; the message says in a line what is wrong.
-    """
+def load_strictly(model: nn.Module, state_dict: dict[str, Tensor]) -> None:
+    """Load weights that must fit exactly; if they do not, a ValueError says in one line why."""
     for name, own in model.state_dict().items():
         given = state_dict.get(name, own)
         if own.is_floating_point() and not given.is_floating_point():
             raise ValueError(f"{name} holds {str(given.dtype).removeprefix('torch.')}, not floating point numbers")
     try:
-        missing, unexpected = model.load_state_dict(state_dict)
-        return missing, unexpected
+        model.load_state_dict(state_dict)
     except RuntimeError as error:
         first, *more = str(error).splitlines()[str(error).startswith("Error(s)") :]
         others = f" ({len(more)} more)" if more else ""
@@ -176,8 +160,7 @@ def load_strictly(model: nn.Module, state_dict: dict[str, Tensor]) -> tuple[list
 
 
 def find_model_file(path: str | Path) -> Path:
-    """The file meant by a run folder, a file, the name of a model that comes with the package, or one on the Hub
-    (`qtvit.checkpoints.hub.locate`).
+    """Find the file that `load_model` reads for ``path``; models on the Hub are downloaded (`hub.locate`).
 
     Raises:
         FileNotFoundError: there is none.
@@ -198,7 +181,7 @@ def find_model_file(path: str | Path) -> Path:
     if not path.is_file():
         names = ", ".join(sorted(file.stem for file in SHIPPED_WEIGHTS.glob("*.safetensors")))
         raise FileNotFoundError(f"{path}: no such run folder or model file (with the package comes: {names})")
-    if path.suffix.lower() in EXPORTED:
+    if path.suffix.lower() in (".onnx", ".xml", ".pt2"):  # what `qtvit export` writes
         raise ValueError(f"{path}: an exported model has no layers to look into; give the run it was exported from")
     return path
 
@@ -206,13 +189,10 @@ def find_model_file(path: str | Path) -> Path:
 def read_model_file(
     path: Path, kernel: str | None = None, any_kernel: bool = False
 ) -> tuple[dict[str, Tensor], ModelInfo]:
-    """The state dict, with our names, and the description of the model in a file.
+    """Read the state dict, under our names, and the description in a file; errors as `load_model`.
 
-    Weights without a description (`read_weights`) get the one that `identify_model` allows for. ``kernel`` is for
-    these: their kernel, unless ``any_kernel`` says that it does not matter.
-
-    Raises:
-        FileNotFoundError, ValueError: as `load_model`.
+    Weights without a description get one by `identify_model`, with their kernel if it is given. If several kernels are
+    possible, ``kernel`` is needed, unless ``any_kernel`` says that it does not matter.
     """
     weights = read_weights(path)
     state_dict = weights.tensors
@@ -231,11 +211,7 @@ def read_model_file(
 
 
 def described(weights: Weights) -> ModelInfo | None:
-    """The description in a model file's metadata; None if the file holds weights alone.
-
-    Raises:
-        ValueError: it is of another version of qtvit.
-    """
+    """The description in a model file's metadata, or None; ValueError if this version of qtvit cannot read it."""
     if METADATA_KEY not in weights.metadata:
         return None
     try:

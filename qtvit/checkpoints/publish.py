@@ -1,4 +1,4 @@
-"""Publishing a model: a folder that timm loads, with a model card, on the Hugging Face Hub."""
+"""Publishing a model on the Hugging Face Hub: a folder that timm loads, with a model card."""
 
 import json
 from pathlib import Path
@@ -24,7 +24,7 @@ NOT_OF_THESE_WEIGHTS = (
     *("tag", "license", "description", "origin_url", "paper_name", "paper_ids", "notes", "label_offset"),
     *("test_input_size", "test_crop_pct", "test_pool_size"),
 )
-"""What timm may say of the weights that it has for a network."""
+"""Fields of ``pretrained_cfg`` about the weights that timm itself has for a network."""
 
 
 def push_model(
@@ -36,24 +36,24 @@ def push_model(
     license: str | None = None,
     dataset: str | None = None,
 ) -> str:
-    """Put a model on the Hugging Face Hub: model.safetensors, timm's config.json, and a model card, README.md.
+    """Upload a model to the Hugging Face Hub: model.safetensors, timm's config.json, and a model card, README.md.
 
-    A README.md in the folder of ``run`` is the card. Without one it is written from what ``run`` says, but does not
-    take the place of one on the Hub, which somebody may have edited.
+    A README.md in the folder of ``run`` is used as the card. Otherwise the card is generated, but never replaces one on
+    the Hub, which somebody may have edited.
 
     Args:
         run: the model, as for `load_model`.
-        repo_id: "USER/MODEL", made if it is not there.
-        folder: a new folder to write the files to, instead of the Hub.
-        private: nobody else is to see the model.
-        license: of the weights, an identifier of the Hub's such as "apache-2.0".
-        dataset: what it was trained on, an identifier of the Hub's such as "uoft-cs/cifar10".
+        repo_id: "USER/MODEL"; created if it does not exist.
+        folder: new folder to write the files to, instead of uploading them.
+        private: create a private repository.
+        license: the Hub's identifier of the weights' licence, such as "apache-2.0".
+        dataset: the Hub's identifier of the training data, such as "uoft-cs/cifar10".
 
     Returns:
-        The model's address, or ``folder``.
+        The model's URL, or ``folder``.
 
     Raises:
-        FileNotFoundError, ValueError: as `load_model`; or options that contradict each other or what is there.
+        FileNotFoundError, ValueError: as `load_model`; or options that contradict each other or existing files.
         OSError: the Hub cannot be reached or refuses; or a file cannot be written.
     """
     with hub_errors(repo_id):
@@ -97,14 +97,15 @@ def push_model(
 
 
 def _folder(run: str | Path) -> Path | None:
-    """The folder on this machine that ``run`` is, or is the model file of; None for models that come without one."""
+    """The run folder or local copy of a Hub model that ``run`` names; None for other files and models on the Hub."""
     file = find_model_file(run)
     return file.parent if file.name in (BEST, HUB_FILE) and not str(run).startswith(HUB) else None
 
 
 def _write_files(folder: Path, model: nn.Module, info: ModelInfo) -> None:
-    """The model file, and what ``timm.create_model`` needs to know of it: "config.json" as timm writes it, but that the
-    description of the weights is of these, not of those that timm has for the same network.
+    """Write the model file, and the config.json from which ``timm.create_model`` builds the network.
+
+    timm writes config.json, but from what it knows of its own weights for the network; that part is replaced.
     """
     save_model(folder / HUB_FILE, model.state_dict(), info)
     path: Any = folder / "config.json"  # timm asks for a str; its earlier versions need a Path
@@ -114,15 +115,10 @@ def _write_files(folder: Path, model: nn.Module, info: ModelInfo) -> None:
         labels["label_descriptions"] = imagenet.label_descriptions(as_dict=True)
     save_config_for_hf(model, path, model_config=labels, model_args=own_args(info.model_args))
     config = json.loads(path.read_text(encoding="utf-8"))
-    described = config["pretrained_cfg"]
+    pretrained = config["pretrained_cfg"]
     for name in NOT_OF_THESE_WEIGHTS:
-        described.pop(name, None)
+        pretrained.pop(name, None)
     preprocess = dict(info.preprocess)
-    size = preprocess.pop("size")
-    described.update(
-        preprocess,
-        input_size=[getattr(model, "in_chans", 3), *size],
-        crop_mode="center",
-        num_classes=config["num_classes"],
-    )
+    input_size = [getattr(model, "in_chans", 3), *preprocess.pop("size")]
+    pretrained.update(preprocess, input_size=input_size, crop_mode="center", num_classes=config["num_classes"])
     write_text(path, json.dumps(config, indent=2) + "\n")

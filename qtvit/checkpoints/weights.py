@@ -1,4 +1,4 @@
-"""Files that hold weights alone: of the authors' release, of EfficientViT, or a state dict of a model of ours."""
+"""Files of weights without a description: of the authors' release, of EfficientViT, or of a model of qtvit."""
 
 import pickle
 import re
@@ -18,22 +18,22 @@ from qtvit.models.foreign import TIMM_ATTN_EPS, kernel_mismatch, kernel_scalars,
 from qtvit.ops import KERNELS, get_kernel
 
 TORCH_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".tar")
-"""Files that torch.save wrote; all others are taken for safetensors."""
+"""Suffixes of files that ``torch.save`` wrote; all others are read as safetensors."""
 DEFAULT_KERNEL = next(iter(KERNELS))
-"""Of a model that is built without the argument."""
+"""The kernel of a model that is built without the argument."""
 USUAL = ("state_dict", "model")
-"""Where training checkpoints of the release, of MIT and of timm keep the weights."""
+"""Entries under which training checkpoints of the release, MIT and timm keep the weights."""
 AVERAGES = ("ema", "state_dict_ema", "model_ema")
-"""Where they keep their moving average."""
+"""Entries under which they keep the moving average of the weights."""
 
 
 @dataclass
 class Weights:
-    """What a file holds of weights.
+    """The content of a file of weights.
 
     Attributes:
-        tensors: the state dict, without prefixes that wrappers had put before its names.
-        remarks: what else was found, and what was done about it.
+        tensors: the state dict, without prefixes that wrappers put before its names.
+        remarks: what else the file held, and what was done about it.
         metadata: of a safetensors file.
     """
 
@@ -43,28 +43,30 @@ class Weights:
 
 
 def read_weights(path: Path, ema: bool = False) -> Weights:
-    """The state dict in a .safetensors file or in one that ``torch.save`` wrote, whose code, if any, is never run.
+    """Read the state dict in a .safetensors file or in one that ``torch.save`` wrote; code in it never runs.
 
-    A dict that has it under ``state_dict`` (the release, MIT), ``model`` (timm) or another name is unwrapped, and the
-    prefixes that DataParallel, torch.compile and Lightning put before the names are taken off.
-
-    Args:
-        path: of the file.
-        ema: take the moving average instead, which lies under one of `AVERAGES`.
+    A state dict under ``state_dict`` (the release, MIT), ``model`` (timm) or another entry is unwrapped, and prefixes
+    of DataParallel, torch.compile and Lightning are removed from its names. With ``ema``, the moving average under one
+    of `AVERAGES` is read instead.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is not of either kind, holds something else than tensors by name, or no moving average.
+        ValueError: the file is of neither kind, holds anything but tensors by name, or has no moving average.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such weights file")
+    content: Any
     metadata: dict[str, str] = {}
     try:
         if path.suffix.lower() in TORCH_SUFFIXES:
             content = _torch_load(path)
         else:
-            content, metadata = _safetensors_load(path)
+            with safe_open(path, framework="pt") as file:
+                content = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                metadata = file.metadata() or {}
         tensors, remarks = _unpack(content, ema)
+    except SafetensorError as error:
+        raise ValueError(f"{path}: {_look(path)}; expected a safetensors file") from error
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     stripped = {re.sub(r"^((module|_orig_mod|model)\.)+", "", name): tensor for name, tensor in tensors.items()}
@@ -78,7 +80,7 @@ def read_weights(path: Path, ema: bool = False) -> Weights:
 
 
 def _unpack(content: Any, ema: bool) -> tuple[dict[str, Tensor], list[str]]:
-    """The state dict in what a file holds, plain or within a training checkpoint; and remarks."""
+    """The state dict in a file's content, which may be a training checkpoint, and remarks."""
     if not isinstance(content, Mapping) or not content:
         raise ValueError(f"holds no state dict, but {_kind(content)}")
     if "pytorch-lightning_version" in content and "qtvit" in content:
@@ -89,7 +91,9 @@ def _unpack(content: Any, ema: bool) -> tuple[dict[str, Tensor], list[str]]:
         return dict(content), []
     inner = [name for name, value in content.items() if name not in AVERAGES and _is_state_dict(value)]
     if not inner:
-        strange = {name: value for name, value in content.items() if not (isinstance(name, str) and _is_tensor(value))}
+        strange = {
+            name: value for name, value in content.items() if not (isinstance(name, str) and isinstance(value, Tensor))
+        }
         found = some([f"{name!r} ({_kind(value)})" for name, value in strange.items()])
         hint = "; --ema takes the moving average" if strange.keys() & set(AVERAGES) else ""
         raise ValueError(f"holds no state dict, which has tensors by name alone: there is {found}{hint}")
@@ -97,14 +101,14 @@ def _unpack(content: Any, ema: bool) -> tuple[dict[str, Tensor], list[str]]:
         raise ValueError(f"holds several state dicts: {some(inner)}; save the one that is meant to a file of its own")
     name = next((name for name in USUAL if name in inner), inner[0])
     left_out = [str(key) for key in content if key != name]
-    averages = [key for key in AVERAGES if key in content]
-    hint = f" ({averages[0]!r} is a moving average: --ema takes that)" if averages else ""
+    average = next((key for key in AVERAGES if key in content), None)
+    hint = f" ({average!r} is a moving average: --ema takes that)" if average else ""
     remark = f"weights under {name!r} taken; left out: {', '.join(left_out)}{hint}"
     return dict(content[name]), [remark] if left_out else []
 
 
 def _averaged(content: Mapping[Any, Any]) -> tuple[dict[str, Tensor], list[str]]:
-    """The moving average in a training checkpoint: under one of `AVERAGES`, as it is or by its decay; and a remark."""
+    """The moving average in a training checkpoint, which may lie in a dict by decay, and a remark."""
     name = next((name for name in AVERAGES if isinstance(content.get(name), Mapping)), None)
     if name is None:
         raise ValueError(f"holds no moving average of the weights (none of {', '.join(AVERAGES)})")
@@ -118,34 +122,24 @@ def _averaged(content: Mapping[Any, Any]) -> tuple[dict[str, Tensor], list[str]]
 
 
 def _is_state_dict(content: object) -> bool:
-    return (
-        isinstance(content, Mapping)
-        and len(content) > 0
-        and all(isinstance(name, str) and _is_tensor(value) for name, value in content.items())
-    )
-
-
-def _is_tensor(value: object) -> bool:
-    return isinstance(value, Tensor)
+    if not isinstance(content, Mapping) or not content:
+        return False
+    return all(isinstance(name, str) and isinstance(value, Tensor) for name, value in content.items())
 
 
 def identify_model(
     state_dict: Mapping[str, Tensor], kernel: str | None = None, name: str | None = None
 ) -> tuple[str, dict[str, Any]]:
-    """The model whose weights these are, by names (anybody's) and shapes: its name and its arguments.
+    """Find the model that weights belong to by their names (anybody's) and shapes: its name and its arguments.
 
-    The arguments are ``num_classes``, and others where they are not the model's default: ``in_chans``, ``img_size``,
-    ``kernel``, ``ape``, ``shortcut``, and timm's ``attn_eps``. The kernel is told by its scalars; if several have the
-    same, it is EfficientViT's for weights of EfficientViT, and otherwise the first of `possible_kernels`.
-
-    Args:
-        state_dict: the weights.
-        kernel: the kernel, if it is known.
-        name: the model, if it is known.
+    The arguments are ``num_classes`` and those that differ from the model's default: ``in_chans``, ``img_size``,
+    ``kernel``, ``ape``, ``shortcut``, and timm's ``attn_eps``. The kernel is recognised by its scalars. If several have
+    the same, it is EfficientViT's for weights of EfficientViT, and otherwise the first of `possible_kernels`.
+    ``kernel`` and ``name`` say which kernel and model are expected, if that is known.
 
     Raises:
-        ValueError: the weights are not exactly those of one of our models, with what is wrong for the closest; or they
-            are of another ``kernel`` or model.
+        ValueError: the weights are not exactly those of one of our models (the message compares them with the closest),
+            or not of the expected kernel or model.
     """
     kernels = possible_kernels(state_dict)
     if kernel is not None and get_kernel(kernel) and source_of(state_dict) in ("mit", "timm") and kernel not in kernels:
@@ -162,9 +156,7 @@ def identify_model(
             expected = _shapes(build_model(candidate, **model_args).state_dict())
         missing = [key for key in expected if key not in shapes]
         unexpected = [key for key in shapes if key not in expected]
-        other = [
-            f"{key} {shapes[key]}, not {shape}" for key, shape in expected.items() if shapes.get(key, shape) != shape
-        ]
+        other = [f"{k} {shapes[k]}, not {shape}" for k, shape in expected.items() if shapes.get(k, shape) != shape]
         if not (missing or unexpected or other):
             return candidate, model_args
         if shapes.keys() & expected.keys():
@@ -175,26 +167,20 @@ def identify_model(
     if mismatch := kernel_mismatch(state_dict, assumed):
         raise ValueError(mismatch)
     closest, lists = min(differences.items(), key=lambda item: sum(map(len, item[1])))
-    wrong = "; ".join(
-        f"{what} {len(found)}: {some(found, 3)}"
-        for what, found in zip(("missing", "unexpected", "of another shape"), lists, strict=True)
-        if found
-    )
-    raise ValueError(
-        f"not the weights of {'a model of ours; the closest is ' if name is None else ''}{closest} ({wrong})"
-    )
+    kinds = zip(("missing", "unexpected", "of another shape"), lists, strict=True)
+    wrong = "; ".join(f"{kind} {len(found)}: {some(found, 3)}" for kind, found in kinds if found)
+    hint = "a model of ours; the closest is " if name is None else ""
+    raise ValueError(f"not the weights of {hint}{closest} ({wrong})")
 
 
 def possible_kernels(names: Iterable[str]) -> list[str]:
     """The kernels that weights of these names may have been trained with."""
     names = set(names)
-    if source_of(names) in ("mit", "timm"):
-        return ["relu"]
-    return kernels_with(kernel_scalars(names))
+    return ["relu"] if source_of(names) in ("mit", "timm") else kernels_with(kernel_scalars(names))
 
 
 def _attention_args(names: Iterable[str], kernel: str) -> dict[str, Any]:
-    """The arguments of the attention, other than default, that the names speak of."""
+    """The attention's arguments that differ from the default, by the names of the weights."""
     names = set(names)
     args: dict[str, Any] = {} if kernel == DEFAULT_KERNEL else {"kernel": kernel}
     for part, name in (("ape", r"(pos_embed|positional_encoding)$"), ("shortcut", r"(shortcut_norm|main\.bn)\.\w+$")):
@@ -208,7 +194,7 @@ def _shapes(state_dict: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
 
 
 def _model_args(shapes: Mapping[str, tuple[int, ...]], model: QTViT) -> dict[str, Any]:
-    """The arguments that the shapes speak of, if the weights are those of ``model`` with others than its own."""
+    """``num_classes``, and ``in_chans`` and ``img_size`` if they are not those of ``model``, by the weights' shapes."""
     model_args: dict[str, Any] = {"num_classes": 0}
     match shapes.get("head.fc.weight"):
         case (num_classes, _):
@@ -227,7 +213,7 @@ def _model_args(shapes: Mapping[str, tuple[int, ...]], model: QTViT) -> dict[str
 def _torch_load(path: Path) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # what a file that is cut short or of another kind makes of torch.load
+    except Exception as error:  # torch.load raises almost anything on damaged files and those of other kinds
         if culprit := isinstance(error, pickle.UnpicklingError) and re.search(r"GLOBAL (\S+)", str(error)):
             raise ValueError(
                 f"holds {culprit[1]}, which is not loaded as it could run code; expected a state dict of tensors. If "
@@ -236,16 +222,8 @@ def _torch_load(path: Path) -> Any:
         raise ValueError(f"{_look(path)}; expected a state dict of tensors that torch.save wrote") from error
 
 
-def _safetensors_load(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(f"{_look(path)}; expected a safetensors file") from error
-
-
 def _look(path: Path) -> str:
-    """What a file is that is not what its name says."""
+    """Describe a file that is not what its suffix says."""
     with path.open("rb") as file:
         start = file.read(512)
     if not start:

@@ -1,4 +1,4 @@
-"""The handwritten digits that come with scikit-learn: data that need no download."""
+"""The handwritten digits that come with scikit-learn, as data that need no download."""
 
 import numpy as np
 from PIL import Image

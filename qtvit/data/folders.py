@@ -1,4 +1,4 @@
-"""Finding a data set's folders and images, whatever they are labelled with."""
+"""Finding the folders and images of a data set, for any kind of labels."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +13,7 @@ VAL_FOLDERS = ("val", "valid", "validation", "test")
 
 
 def data_folder(data: str, sample: str = f"'{DIGITS}' for the built-in data") -> Path:
-    """``data`` as the path of a folder; the error for a missing one proposes ``sample`` data."""
+    """The folder ``data``; the error if there is none proposes ``sample`` data."""
     root = Path(data)
     if root.is_file():
         raise ValueError(f"{data}: a file, where a folder of images is expected; unpack it if it is an archive")
@@ -23,12 +23,12 @@ def data_folder(data: str, sample: str = f"'{DIGITS}' for the built-in data") ->
 
 
 def find_train_folder(root: Path) -> Path | None:
-    """The folder of training images in ``root``: train or training, in any case."""
+    """The first of `TRAIN_FOLDERS` in ``root``, in upper or lower case."""
     return _find_folder(root, TRAIN_FOLDERS)
 
 
 def find_val_folder(root: Path) -> Path | None:
-    """The folder of held-out images in ``root``: the first there is of val, valid, validation, test, in any case."""
+    """The first of `VAL_FOLDERS` in ``root``, in upper or lower case."""
     return _find_folder(root, VAL_FOLDERS)
 
 
@@ -38,10 +38,10 @@ def _find_folder(root: Path, names: Sequence[str]) -> Path | None:
 
 
 def all_images(data: str) -> list[ImageSource]:
-    """All images in the folder ``data``, packed or not and labelled or not; of "digits" those held out by default.
+    """All images in the folder ``data``, packed or not, or the images of "digits" that are held out by default.
 
     Raises:
-        FileNotFoundError, ValueError: there is no such folder, no image in it, or a packed one is damaged.
+        FileNotFoundError, ValueError: there is no such folder, it has no images, or a shard is missing or damaged.
     """
     if data == DIGITS:
         return [image for image, _ in stratified_split(load_digits()[1], val_fraction=0.2, seed=0)[1]]

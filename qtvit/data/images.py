@@ -1,4 +1,4 @@
-"""Any picture a user may hand over, as an RGB image."""
+"""Reading images of any kind that users may pass, as RGB."""
 
 import io
 import os
@@ -23,19 +23,17 @@ S = TypeVar("S")
 T = TypeVar("T")
 
 IMAGE_SUFFIXES = (*IMG_EXTENSIONS, ".gif", ".avif", ".jfif", ".jp2")
-"""What counts as an image file in a folder."""
-
+"""Suffixes of the files in a folder that count as images."""
 MAX_PIXELS = 1_000_000_000
-"""Pixels of the largest picture that is opened. In memory each takes 4 bytes."""
+"""Pixels of the largest image that is opened; each takes 4 bytes of memory."""
 
 ImageSource = str | Path | PackedImage | bytes | Image.Image | np.ndarray | Tensor
-"""A file, one in a shard, encoded bytes, a PIL image, an (H, W[, C]) array or a (C, H, W) tensor.
+"""A file, an image in a shard, encoded bytes, a PIL image, an (H, W[, C]) array or a (C, H, W) tensor.
 
-Values of the last two are uint8, uint16, or floats from 0 to 1.
+Arrays and tensors hold uint8, uint16, or floats from 0 to 1.
 """
-
 ImageFile = Path | PackedImage
-"""A file, or one in a shard."""
+"""An image file, or one in a shard."""
 
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -46,7 +44,7 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""What brings a picture upright, by EXIF orientation."""
+"""The transposition that turns an image upright, by EXIF orientation."""
 
 _lock = threading.Lock()
 _num_inside = 0
@@ -54,23 +52,22 @@ _limit_outside: int | None = None
 
 
 def open_image(source: ImageSource) -> Image.Image:
-    """The picture as 8-bit RGB, the same whichever way it is handed over.
+    """Read an image as 8-bit RGB; all kinds of sources give the same pixels.
 
-    Upright: EXIF rotation applied. Transparency over white, 16 bits cut to their upper 8 as PIL does for colours, the
-    first frame of an animation. Colour profiles are ignored, as in the training of all common models.
+    EXIF rotation is applied, transparency is put over white, 16 bits are cut to the upper 8 as PIL does for colours,
+    and of an animation the first frame is taken. Colour profiles are ignored, as in the training of all common models.
 
     Raises:
         FileNotFoundError: there is no such file.
-        OSError: it cannot be read, if it is in a shard.
-        ValueError: what is there is no readable image, or one of more than `MAX_PIXELS`; the message names the file.
+        OSError: the shard that holds it cannot be read.
+        ValueError: it is not an image, is damaged, or has more than `MAX_PIXELS`; the message names the file.
     """
     if isinstance(source, (np.ndarray, Tensor)):
         return _to_rgb(_from_array(source), "image array")
-    if isinstance(source, Image.Image):
-        image = _to_rgb(decode(source, "PIL image"), "PIL image")
+    if isinstance(source, (Image.Image, bytes)):
+        name = "image bytes" if isinstance(source, bytes) else "PIL image"
+        image = _to_rgb(decode(source, name), name)
         return image.copy() if image is source else image
-    if isinstance(source, bytes):
-        return _to_rgb(decode(source, "image bytes"), "image bytes")
     if isinstance(source, PackedImage):
         return _to_rgb(decode(source.read(), str(source)), str(source))
     if not isinstance(source, (str, Path)):
@@ -83,17 +80,17 @@ def open_image(source: ImageSource) -> Image.Image:
 
 
 def source_name(source: ImageSource) -> str | None:
-    """Name of the file that an image is in, or was in before it was packed; None if it is in memory."""
+    """Name of the image file, for a packed image the original one; None for an image in memory."""
     return source.name if isinstance(source, ImageFile) else None
 
 
 def relative_path(source: ImageFile, root: Path) -> str:
-    """Where an image is in the folder ``root`` of images, or was before it was packed; with slashes."""
+    """The image file's path below ``root``, with slashes; for a packed image, its path before it was packed."""
     return source.path if isinstance(source, PackedImage) else source.relative_to(root).as_posix()
 
 
 def file_size(source: ImageFile) -> int:
-    """Bytes of an image file; -1 if it is not there, as a link may lead nowhere."""
+    """Size of an image file in bytes; -1 if it does not exist, as at the end of a broken link."""
     if isinstance(source, PackedImage):
         return source.size
     try:
@@ -103,10 +100,10 @@ def file_size(source: ImageFile) -> int:
 
 
 def read_file(source: ImageFile) -> bytes:
-    """The bytes of an image file.
+    """The content of an image file.
 
     Raises:
-        OSError: it cannot be read; the message names it.
+        OSError: the file cannot be read; the message names it.
         ValueError: the shard is damaged.
     """
     if isinstance(source, PackedImage):
@@ -119,9 +116,9 @@ def read_file(source: ImageFile) -> bytes:
 
 @contextmanager
 def any_size() -> Iterator[None]:
-    """Within this context PIL opens and crops pictures of any size; its own limit is below what today's phones make.
+    """Let PIL open and crop images of any size; its own limit is below the size of today's phone photographs.
 
-    That limit is a global of PIL: it is lifted when the first thread comes in, and restored when the last one leaves.
+    The limit is a global variable of PIL: the first thread that enters lifts it, the last one that leaves restores it.
     """
     global _num_inside, _limit_outside
     with _lock:
@@ -138,17 +135,17 @@ def any_size() -> Iterator[None]:
 
 
 def find_images(folder: Path) -> list[Path]:
-    """All image files below ``folder``, sorted, without hidden ones.
-
-    Raises:
-        OSError: a folder that may not be read.
-    """
+    """All image files below ``folder`` but hidden ones, sorted; OSError if a folder cannot be read."""
     return sorted(path for path in find_files(folder) if is_image(path.name))
 
 
 def find_files(folder: Path) -> Iterator[Path]:
-    """All files below ``folder`` without hidden ones, in no order; errors as `find_images`."""
-    for parent, folders, files in os.walk(folder, onerror=_raise):
+    """All files below ``folder`` but hidden ones, in no particular order; errors as `find_images`."""
+
+    def fail(error: OSError) -> None:  # os.walk ignores errors by default
+        raise error
+
+    for parent, folders, files in os.walk(folder, onerror=fail):
         folders[:] = [name for name in folders if not is_hidden(name)]
         yield from (Path(parent, name) for name in files if not is_hidden(name))
 
@@ -159,16 +156,12 @@ def is_image(name: str) -> bool:
 
 
 def is_hidden(name: str) -> bool:
-    """Whether a file or folder of this name is some program's own: .DS_Store, ._1.jpg, .ipynb_checkpoints, __MACOSX."""
+    """Whether a file or folder of this name is a program's own, such as .DS_Store, ._1.jpg and __MACOSX."""
     return name.startswith(".") or name == "__MACOSX"
 
 
-def _raise(error: OSError) -> None:
-    raise error
-
-
 def decode(source: str | Path | bytes | Image.Image, name: str) -> Image.Image:
-    """The image read in full, as it is stored; errors as `open_image`."""
+    """Read an image in full, in its own mode and orientation; ``name`` is for the errors, which are `open_image`'s."""
     try:
         if isinstance(source, Image.Image):
             source.load()
@@ -182,7 +175,7 @@ def decode(source: str | Path | bytes | Image.Image, name: str) -> Image.Image:
                     return image
     except UnidentifiedImageError:
         raise ValueError(f"{name}: not an image that can be read") from None
-    except Exception as error:  # on broken data, PIL's decoders raise almost anything
+    except Exception as error:  # PIL's decoders raise almost anything on broken data
         raise ValueError(f"{name}: broken image ({str(error) or type(error).__name__})") from error
     raise ValueError(
         f"{name}: {image.width} x {image.height} pixels; the limit is {MAX_PIXELS / 1e6:,.0f} million in all"
@@ -190,7 +183,14 @@ def decode(source: str | Path | bytes | Image.Image, name: str) -> Image.Image:
 
 
 def _to_rgb(image: Image.Image, name: str) -> Image.Image:
-    image = _upright(image)
+    """Turn an image upright and convert it to RGB."""
+    try:
+        with _without_warnings():
+            orientation = image.getexif().get(ExifTags.Base.Orientation)
+    except Exception:  # as in `decode`: the EXIF data may be damaged
+        orientation = None
+    if orientation in _TURNS:  # PIL.ImageOps.exif_transpose would also copy upright images and rewrite the EXIF data
+        image = image.transpose(_TURNS[orientation])
     if image.mode == "F" or image.mode.startswith("I"):
         image = _grey_to_8_bits(image, name)
     elif image.mode == "LAB":
@@ -204,26 +204,17 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
 
 @contextmanager
 def _without_warnings() -> Iterator[None]:
-    """PIL warns of every flaw in a picture's metadata. Python's filters are a global too, so one thread at a time."""
+    """Silence PIL's warnings about flawed metadata. Python's filters are global, so one thread may do so at a time."""
     with _lock, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
 
 
-def _upright(image: Image.Image) -> Image.Image:
-    """``image`` turned as its EXIF data say, if they can be read."""
-    try:
-        with _without_warnings():
-            orientation = image.getexif().get(ExifTags.Base.Orientation)
-    except Exception:  # as in decode
-        return image
-    return image.transpose(_TURNS[orientation]) if orientation in _TURNS else image
-
-
 def _grey_to_8_bits(image: Image.Image, name: str) -> Image.Image:
-    """From 16 bits, 32 bits or floats. PIL itself would clip to 255.
+    """Convert greys of 16 bits, 32 bits or floats; PIL would clip them at 255.
 
-    The latter two have no set range: it is taken to be the smallest of 1 (floats only), 255 and 65535 that holds them.
+    32 bits and floats have no fixed range: white is taken to be the smallest of 1 (floats only), 255 and 65535 that is
+    not exceeded.
     """
     values = np.asarray(image)
     low, high = values.min(), values.max()
@@ -237,15 +228,14 @@ def _grey_to_8_bits(image: Image.Image, name: str) -> Image.Image:
 
 
 def _from_array(array: np.ndarray | Tensor) -> Image.Image:
-    """The image of 1, 3 or 4 channels in an array."""
+    """The PIL image of an (H, W), (H, W, C) or (C, H, W) array with 1, 3 or 4 channels."""
     if isinstance(array, Tensor):
         layout = "(C, H, W)"
         tensor = array.detach().cpu()
         values = (tensor.float() if tensor.is_floating_point() else tensor).numpy()  # numpy has no bfloat16
         values = np.moveaxis(values, 0, -1) if values.ndim == 3 else values
     else:
-        layout = "(H, W, C)"
-        values = array
+        layout, values = "(H, W, C)", array
     if values.ndim == 2:
         values = values[..., None]
     if values.ndim != 3 or values.shape[-1] not in (1, 3, 4) or values.size == 0:
@@ -264,9 +254,9 @@ def _from_array(array: np.ndarray | Tensor) -> Image.Image:
 
 
 def for_each_image(function: Callable[[S], T], sources: Sequence[S], num_threads: int) -> Iterator[T]:
-    """What ``function`` says of each image, in order, with a progress bar.
+    """Yield ``function`` of each image, in order, with a progress bar.
 
-    Threads are enough, as PIL decodes without Python's lock. Each holds one image at a time.
+    Threads suffice, because PIL decodes without Python's lock. Each holds one image at a time.
     """
     with ThreadPool(num_threads) as pool:
         results = pool.imap(function, sources, chunksize=16)

@@ -1,4 +1,4 @@
-"""What people call the classes."""
+"""Readable names of classes."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -10,10 +10,10 @@ _imagenet = lru_cache(ImageNetInfo)
 
 
 def class_names(classes: Sequence[str]) -> list[str]:
-    """Readable names: of classes that are all WordNet ids, like ImageNet's folders, what WordNet calls them.
+    """Replace WordNet ids, which name ImageNet's folders, by WordNet's words, unless some class is not such an id.
 
-    n01440764 becomes "tench, Tinca tinca". Where two are called the same, like the two cranes of ImageNet, the id is
-    added. Other classes are returned as they are.
+    n01440764 becomes "tench, Tinca tinca". Where two classes have the same words, like ImageNet's two cranes, the id is
+    added.
     """
     try:
         names = [_imagenet().label_name_to_description(name) for name in classes]

@@ -1,4 +1,4 @@
-"""From an image to the network's input, the same in training's evaluation, in `qtvit eval` and in prediction."""
+"""Turning an image into the network's input: the same in evaluation during training, `qtvit eval` and prediction."""
 
 import math
 import re
@@ -25,11 +25,11 @@ def parse_size(text: str | int, option: str = "--img-size") -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class Preprocess:
-    """The evaluation protocol: resize so that ``size / crop_pct`` is covered, centre crop, normalise.
+    """The evaluation protocol: resize to cover ``size / crop_pct``, crop the centre, normalise.
 
     Attributes:
         size: (H, W) of the network's input.
-        crop_pct: the part of the resized image's shorter side that is kept.
+        crop_pct: fraction of the resized image's shorter side that is kept.
         interpolation: name of a ``PIL.Image.Resampling``, in lower case.
         mean, std: per channel, for pixels from 0 to 1.
     """
@@ -47,10 +47,9 @@ class Preprocess:
 class EvalTransform(nn.Module):
     """PIL RGB image -> (3, H, W) fp32.
 
-    What the crop will show is worked out first, and only that is resized. The pixels are those of resizing the whole
-    image and cropping then (PIL's filters look beyond the box they are given), without that image, which is enormous
-    for a panorama. Columns are resized before rows, as PIL did before version 13, which for tall images has it the
-    other way round.
+    Only the part of the image that the crop shows is resized: resizing a whole panorama would make an enormous image.
+    The pixels are the same, because PIL's filters look beyond the box they are given. Columns are resized before rows,
+    as PIL did before version 13, which turned the order round for tall images.
     """
 
     def __init__(self, preprocess: Preprocess) -> None:
@@ -66,17 +65,17 @@ class EvalTransform(nn.Module):
     def forward(self, image: Image.Image) -> Tensor:
         height, width = self.size
         left, top, right, bottom = self.crop_box(image.width, image.height)
-        margin = 1 + 3 * max((bottom - top) / height, 1)  # Lanczos, the widest filter, sees three pixels beyond
+        margin = 1 + 3 * max((bottom - top) / height, 1)  # Lanczos, the widest filter, reaches three pixels beyond
         first, last = max(math.floor(top - margin), 0), min(math.ceil(bottom + margin), image.height)
         rows = image.resize((width, last - first), self.interpolation, box=(left, first, right, last))
         image = rows.resize((width, height), self.interpolation, box=(0, top - first, width, bottom - first))
         return self.normalize(tvf.to_dtype(tvf.to_image(image), torch.float32, scale=True))
 
     def crop_box(self, image_width: int, image_height: int) -> tuple[float, float, float, float]:
-        """The part of the image that the network sees: left, top, right, bottom in the image's pixels."""
+        """The part of the image that the network sees: left, top, right and bottom in pixels of the image."""
         height, width = self.size
         cover_h, cover_w = (math.ceil(side / self.crop_pct) for side in self.size)
-        if cover_h * image_width >= cover_w * image_height:  # the height is what has to be covered
+        if cover_h * image_width >= cover_w * image_height:  # the height is the tighter constraint
             resized_h, resized_w = cover_h, max(cover_w, int(cover_h * image_width / image_height))
         else:
             resized_h, resized_w = max(cover_h, int(cover_w * image_height / image_width)), cover_w

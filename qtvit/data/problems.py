@@ -1,19 +1,19 @@
-"""What is wrong with a data set, for a person to read: all of it at once."""
+"""Reports of everything that is wrong with a data set."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 NUM_SHOWN = 10
-"""Entries of each list in a report."""
+"""Number of entries of each list that a report prints."""
 
 
 @dataclass(frozen=True)
 class ProblemReport:
-    """What a check of a data set has found.
+    """Result of checking a data set.
 
     Attributes:
-        summary: what the data set is, a line each.
-        problems: what is wrong, as a heading and its entries, each of which names file and id.
+        summary: lines that describe the data set.
+        problems: entries by heading; each entry names its file and id.
     """
 
     summary: list[str] = field(default_factory=list)
@@ -21,15 +21,15 @@ class ProblemReport:
 
     @property
     def num_problems(self) -> int:
-        """How many entries all lists have."""
+        """Number of entries under all headings."""
         return sum(map(len, self.problems.values()))
 
     def lines(self) -> list[str]:
-        """The report in words, `NUM_SHOWN` entries of each list."""
+        """The report as text, with at most `NUM_SHOWN` entries under each heading."""
         return [*self.summary, *problem_lines(self.problems), verdict(self.num_problems)]
 
     def raise_if_any(self, command: str) -> None:
-        """ValueError with the first problems, if there are any; ``command`` is what lists all of them."""
+        """Raise a ValueError with the first problem, if there is any; ``command`` is the one that lists all."""
         entries = [entry for group in self.problems.values() for entry in group]
         if len(entries) == 1:
             raise ValueError(entries[0])
@@ -38,7 +38,7 @@ class ProblemReport:
 
 
 def problem_lines(problems: Mapping[str, Sequence[str]]) -> list[str]:
-    """Each heading with its number of entries, and `NUM_SHOWN` of these."""
+    """Each heading with its number of entries, followed by at most `NUM_SHOWN` of them."""
     lines = []
     for title, entries in problems.items():
         if entries:

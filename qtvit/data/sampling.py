@@ -1,7 +1,7 @@
-"""Which samples a training step sees, and with which random numbers.
+"""Which samples each training step sees, and the random numbers that augment them.
 
-Both follow from (seed, epoch, step, sample) alone. They do not depend on how many processes load the images or how
-often training was interrupted, so a resumed run goes on exactly where it stopped.
+Both are functions of (seed, epoch, step, sample) alone. So neither the number of loader processes nor an interruption
+changes a run: a resumed run goes on exactly where it stopped.
 """
 
 import hashlib
@@ -9,7 +9,8 @@ import itertools
 import math
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TypeVar
+from dataclasses import dataclass, field
+from typing import ClassVar, TypeVar
 
 import numpy as np
 import torch
@@ -18,43 +19,34 @@ from torch.utils.data import Dataset, Sampler
 T = TypeVar("T")
 
 Key = tuple[int, int, int]
-"""Epoch and index of a sample, and the number of the image size that its batch has."""
+"""Epoch, index of the sample, and number of the image size of its batch (0 is the size for evaluation)."""
 
 
+@dataclass(eq=False)
 class EpochBatches(Sampler[list[Key]]):
-    """Batches of a new random order in every epoch; samples that do not fill the last batch are left out.
+    """Batches in a new random order in every epoch; samples that do not fill the last batch are left out.
 
-    Args:
-        num_samples: of the data set.
+    Attributes:
+        num_samples: size of the data set.
         batch_size: samples per batch and process.
-        seed: of the order.
-        num_sizes: how many image sizes there are besides size 0, which is for evaluation; each batch draws one, the
-            same in all processes. With none, all batches have size 0.
-        rank, world_size: this process and the number of processes, which share each step's ``batch_size *
-            world_size`` samples.
+        seed: determines the orders and the sizes.
+        num_sizes: number of extra training resolutions; each batch draws one, the same in all processes. 0: the
+            evaluation size only.
+        rank, world_size: number of this process and of all processes, which share the ``batch_size * world_size``
+            samples of each step.
     """
 
-    any_batch = True
-    """Whether an epoch can be entered at any batch."""
+    num_samples: int
+    batch_size: int
+    seed: int
+    num_sizes: int = field(default=0, kw_only=True)
+    rank: int = field(default=0, kw_only=True)
+    world_size: int = field(default=1, kw_only=True)
+    epoch: int = field(default=0, init=False)
+    first_batch: int = field(default=0, init=False)
 
-    def __init__(
-        self,
-        num_samples: int,
-        batch_size: int,
-        seed: int,
-        *,
-        num_sizes: int = 0,
-        rank: int = 0,
-        world_size: int = 1,
-    ) -> None:
-        self.num_samples = num_samples
-        self.batch_size = batch_size
-        self.seed = seed
-        self.num_sizes = num_sizes
-        self.rank = rank
-        self.world_size = world_size
-        self.epoch = 0
-        self.first_batch = 0
+    any_batch: ClassVar[bool] = True
+    """Whether an epoch can be entered at any batch."""
 
     def __len__(self) -> int:
         return self.num_samples // (self.batch_size * self.world_size)
@@ -68,7 +60,7 @@ class EpochBatches(Sampler[list[Key]]):
         return self._keys(self._order(), batch)
 
     def go_to(self, epoch: int, first_batch: int = 0) -> None:
-        """What the next iteration yields: the batches of ``epoch`` from ``first_batch`` on."""
+        """Let the next iteration yield the batches of ``epoch`` from ``first_batch`` on."""
         self.epoch, self.first_batch = epoch, first_batch
 
     def _order(self) -> list[int]:
@@ -81,54 +73,55 @@ class EpochBatches(Sampler[list[Key]]):
         return [(self.epoch, index, size) for index in order[start : start + self.batch_size]]
 
 
+@dataclass(eq=False)
 class StreamBatches:
-    """In the place of `EpochBatches` for a stream, which is entered at its beginning and gives what comes.
+    """The counterpart of `EpochBatches` for a stream, which can only be read from the beginning of an epoch.
 
-    Args:
-        num_batches: of an epoch.
-        start: makes the stream begin an epoch.
+    Attributes:
+        num_batches: batches per epoch.
+        start: function that makes the stream begin an epoch.
     """
 
-    any_batch = False
+    num_batches: int
+    start: Callable[[int], None]
+    epoch: int = field(default=0, init=False)
 
-    def __init__(self, num_batches: int, start: Callable[[int], None]) -> None:
-        self.num_batches = num_batches
-        self.start = start
-        self.epoch = 0
+    any_batch: ClassVar[bool] = False
 
     def __len__(self) -> int:
         return self.num_batches
 
     def go_to(self, epoch: int, first_batch: int = 0) -> None:
-        """The next iteration is that of ``epoch``; ``first_batch`` has to be 0."""
+        """Let the next iteration be that of ``epoch``; ``first_batch`` must be 0."""
         assert first_batch == 0
         self.epoch = epoch
         self.start(epoch)
 
     def keys(self, batch: int) -> list[Key]:
-        """Which samples a batch has is not known: none."""
+        """An empty list: it is not known which samples a batch of a stream has."""
         return []
 
 
+@dataclass(eq=False)
 class FirstBatches(Iterable[T]):
-    """The first ``num_batches`` of ``loader``, each time anew."""
+    """The first ``num_batches`` batches of ``loader``, which every iteration reads anew."""
 
-    def __init__(self, loader: Iterable[T], num_batches: int) -> None:
-        self.loader = loader
-        self.num_batches = num_batches
+    loader: Iterable[T]
+    num_batches: int
 
     def __iter__(self) -> Iterator[T]:
         return itertools.islice(self.loader, self.num_batches)
 
 
+@dataclass(eq=False)
 class SeededDataset(Dataset[T]):
-    """One of ``datasets``, the same samples in several sizes, with `Key` as index: the random numbers that an item
-    draws follow from ``seed``, the epoch and the index.
+    """Data sets with the same samples, one for each image size, indexed by `Key`.
+
+    The random numbers that augment an item follow from ``seed``, its epoch and its index.
     """
 
-    def __init__(self, datasets: Sequence[Dataset[T]], seed: int) -> None:
-        self.datasets = datasets
-        self.seed = seed
+    datasets: Sequence[Dataset[T]]
+    seed: int
 
     def __getitem__(self, key: Key) -> T:
         epoch, index, size = key
@@ -137,20 +130,20 @@ class SeededDataset(Dataset[T]):
 
 
 def fixed_keys(indices: Sequence[int]) -> list[Key]:
-    """Keys of samples that are the same every time, in the evaluation's size and with the augmentation of epoch 0."""
+    """Keys of samples that are the same every time: in the evaluation size, with the augmentation of epoch 0."""
     return [(0, index, 0) for index in indices]
 
 
 def drawn_size(seed: int, epoch: int, batch: int, num_sizes: int) -> int:
-    """The number of the image size of a batch: one of 1 … ``num_sizes``, or 0 if that is 0."""
+    """The number of a batch's image size: one of 1 … ``num_sizes``, or 0 if ``num_sizes`` is 0."""
     return 1 + derived_seed(seed, epoch, batch) % num_sizes if num_sizes else 0
 
 
 def even_batches(num_samples: int, batch_size: int, *, rank: int, world_size: int) -> list[list[int]]:
-    """Every ``world_size``-th sample, in batches of at most ``batch_size`` (but see below) and of nearly equal size.
+    """Every ``world_size``-th sample, in batches of nearly equal size.
 
-    All processes get the same number of batches, and no sample comes twice. With fewer than two samples a batch that
-    may take one batch of two.
+    All processes get the same number of batches, because DDP synchronises at each, and no sample comes twice. Batches
+    have at most ``batch_size`` samples; only if that is 1, one of them may have two.
     """
     fewest = num_samples // world_size
     num_batches = min(math.ceil(math.ceil(num_samples / world_size) / batch_size), fewest)
@@ -171,7 +164,7 @@ def seed_everywhere(*numbers: int) -> None:
 
 
 def _seed_cpu(seed: int) -> None:
-    """Seed the generators that images are augmented with; those of GPUs are left alone, as that takes longer."""
+    """Seed the generators that augment images; not those of GPUs, as that takes longer."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.default_generator.manual_seed(seed)

@@ -1,12 +1,12 @@
-"""Images in tar shards, read by position through an index: the layout of WebDataset, with the access of a folder.
+"""Images in tar shards with WebDataset's layout, and an index that lets them be read in any order.
 
-A packed folder holds ``train-000000.tar``, … (and ``val-000000.tar``, … if it has such a part) and `INDEX`. Sample
-number ``KEY`` of a split is the members ``KEY.jpg``, the image file as it was, and ``KEY.cls``, its label in decimal.
+A packed folder holds `INDEX`, ``train-000000.tar``, … and, if it has such a split, ``val-000000.tar``, … Sample ``KEY``
+of a split is two members: ``KEY.jpg``, the unchanged image file, and ``KEY.cls``, its label in decimal.
 
-The index is JSON, as any tool can read that: the class names and, for each split, its shards with their sizes and one
+The index is JSON, which any tool can read: the class names and, for each split, its shards with their sizes and one
 list per property of the samples (shard, offset and size of the image in bytes, label, path in the original folder).
-Lists of numbers instead of one object per sample keep it small: the 1.28 million images of ImageNet take 75 MB and
-load in a few seconds.
+Lists instead of one object per sample keep it small: for the 1.28 million images of ImageNet it has 75 MB and loads in
+a few seconds.
 """
 
 import functools
@@ -25,9 +25,9 @@ INDEX = "shards.json"
 FORMAT, VERSION = "qtvit-shards", 1
 COLUMNS = ("shard", "offset", "size", "label")
 BLOCK = 512
-"""Bytes of a tar header; what members begin at multiples of."""
+"""Size of a tar header in bytes; members begin at multiples of it."""
 MAX_OPEN = 128
-"""Shards that a process keeps open."""
+"""Number of shards that a process keeps open."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,9 +36,9 @@ class PackedImage:
 
     Attributes:
         shard: the tar file.
-        offset, size: of the image file in it, in bytes.
+        offset, size: where the image file is in the shard, in bytes.
         key: number of the sample in its split.
-        path: of the image file in the split's folder before it was packed, with slashes.
+        path: the image file's path in the split's folder before it was packed, with slashes.
     """
 
     shard: Path
@@ -56,12 +56,11 @@ class PackedImage:
         return f"{self.shard}: {member_name(self.key, self.path)} ({self.path})"
 
     def read(self) -> bytes:
-        """The image file's content; safe in threads and after a fork, as no file position is shared.
+        """The image file's content; safe in threads and after a fork, because no file position is shared.
 
         Raises:
-            FileNotFoundError: the shard is gone.
-            OSError: it cannot be read.
-            ValueError: it is not the one that was packed.
+            OSError: the shard does not exist or cannot be read.
+            ValueError: the shard is not the one that the index describes.
         """
         try:
             data = _open_shard(self.shard).read(self.offset - BLOCK, BLOCK + self.size)
@@ -79,13 +78,7 @@ class PackedImage:
 
 @dataclass(frozen=True)
 class Shard:
-    """A tar file.
-
-    Attributes:
-        name: of the file.
-        num_bytes: of the file.
-        num_images: in it.
-    """
+    """A tar file in the index."""
 
     name: str
     num_bytes: int
@@ -94,13 +87,13 @@ class Shard:
 
 @dataclass(frozen=True)
 class PackedSplit:
-    """The shards of a split and its N samples, in the order of the folder that they were in.
+    """The shards of a split and its N samples, in the order of the original folder.
 
     Attributes:
-        shards: of the split.
-        shard, offset, size: (N,) where each image is: index of its shard, and bytes.
+        shards: the tar files.
+        shard: (N,) index of each image's tar file.
+        offset, size, path: (N,) as in `PackedImage`.
         label: (N,) classes.
-        path: N paths, as in `PackedImage`.
     """
 
     shards: Sequence[Shard]
@@ -111,7 +104,7 @@ class PackedSplit:
     path: Sequence[str]
 
     def damage(self, root: Path) -> list[FileNotFoundError | ValueError]:
-        """The shards that are not in the folder ``root`` as they were written: missing, or of another size."""
+        """An error for each shard that is missing in the folder ``root`` or has another size than when written."""
         found: list[FileNotFoundError | ValueError] = []
         for shard in self.shards:
             file = root / shard.name
@@ -122,20 +115,20 @@ class PackedSplit:
         return found
 
     def sources(self, root: Path) -> list[PackedImage]:
-        """The images, in shards in the folder ``root``."""
-        _open_shard.cache_clear()  # another file may have taken the place of an open one
+        """The images of the split, whose shards are in the folder ``root``."""
+        _open_shard.cache_clear()  # shards that are still open may have been replaced
         files = [root / shard.name for shard in self.shards]
-        columns = (self.shard.tolist(), self.offset.tolist(), self.size.tolist(), self.path)
-        rows = enumerate(zip(*columns, strict=True))
-        return [PackedImage(files[shard], offset, size, key, path) for key, (shard, offset, size, path) in rows]
+        containers = (files[shard] for shard in self.shard.tolist())
+        columns = (containers, self.offset.tolist(), self.size.tolist(), range(len(self.path)), self.path)
+        return [PackedImage(*row) for row in zip(*columns, strict=True)]
 
 
 @dataclass(frozen=True)
 class ShardIndex:
-    """What is in a packed folder.
+    """The content of a packed folder.
 
     Attributes:
-        classes: what the labels index.
+        classes: names; labels are positions in it.
         splits: "train", and "val" if the folder had one.
     """
 
@@ -144,7 +137,7 @@ class ShardIndex:
 
 
 def member_name(key: int, path: str) -> str:
-    """Name of an image in its shard: the key has no dot, at which WebDataset would end it."""
+    """Name of an image in its shard. WebDataset ends a key at the first dot, so it is a number, not the old name."""
     return f"{key:08d}{PurePosixPath(path).suffix.lower()}"
 
 
@@ -162,7 +155,7 @@ def parse_index(content: bytes, name: str) -> ShardIndex:
     """The index in ``content``.
 
     Raises:
-        ValueError: it is none, of a later version, or contradicts itself; the message begins with ``name``.
+        ValueError: it is not an index, has another version, or contradicts itself; the message begins with ``name``.
     """
     try:
         index = json.loads(content)
@@ -182,7 +175,7 @@ def parse_index(content: bytes, name: str) -> ShardIndex:
 
 
 def write_index(root: Path, index: ShardIndex) -> None:
-    """Write the index of ``root``, whole or not at all."""
+    """Write the index of ``root`` in one step."""
     splits = {
         split: {
             "shards": [asdict(shard) for shard in found.shards],
@@ -196,7 +189,7 @@ def write_index(root: Path, index: ShardIndex) -> None:
 
 
 def _split(found: Mapping[str, Any], num_classes: int) -> PackedSplit:
-    """The split in a parsed index, checked."""
+    """Read and check a split of the index."""
     shards = [Shard(**shard) for shard in found["shards"]]
     for shard in shards:
         if PurePosixPath(shard.name).name != shard.name:
@@ -223,20 +216,20 @@ def _reason(error: Exception) -> str:
 
 
 class _OpenShard:
-    """A file that is open for as long as somebody holds this object."""
+    """A file that stays open as long as this object is referenced, so that dropping it from the cache is safe."""
 
     def __init__(self, path: Path) -> None:
         self.descriptor = os.open(path, os.O_RDONLY)
 
     def read(self, offset: int, size: int) -> bytes:
-        """``size`` bytes from ``offset`` on, fewer if the file ends there."""
+        """``size`` bytes from ``offset`` on, or fewer if the file ends before."""
         data = os.pread(self.descriptor, size, offset)
         while len(data) < size and (more := os.pread(self.descriptor, size - len(data), offset + len(data))):
             data += more
         return data
 
     def __del__(self) -> None:
-        if hasattr(self, "descriptor"):  # else it could not be opened
+        if hasattr(self, "descriptor"):  # missing if the file could not be opened
             os.close(self.descriptor)
 
 

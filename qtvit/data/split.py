@@ -1,4 +1,4 @@
-"""Holding out a part of labelled images."""
+"""Holding out a part of a set of labelled images."""
 
 import hashlib
 from collections.abc import Sequence
@@ -13,10 +13,11 @@ Sample = tuple[ImageSource, int]
 def stratified_split(
     samples: Sequence[Sample], val_fraction: float, seed: int, root: Path | None = None
 ) -> tuple[list[Sample], list[Sample]]:
-    """Hold out ``val_fraction`` of every class (at least one image, at most all but one) into a second list.
+    """Split into training and held-out samples: ``val_fraction`` of every class, at least one and not all, is held out.
 
-    Who is held out follows from a hash of the seed and the path below ``root`` (or the position, without one). So it
-    does not change when the folder moves, and hardly when images are added or removed.
+    Which ones follows from a hash of the seed and the path below ``root`` (without ``root``, of the position). So it
+    does not change when the folder moves, and hardly when images are added or removed. ValueError if a class has only
+    one image.
     """
 
     def order(item: tuple[int, Sample]) -> bytes:
@@ -29,8 +30,7 @@ def stratified_split(
         by_class.setdefault(sample[1], []).append(sample)
     train: list[Sample] = []
     val: list[Sample] = []
-    for label in sorted(by_class):
-        members = by_class[label]
+    for _, members in sorted(by_class.items()):
         if len(members) < 2:
             raise ValueError(f"{members[0][0]!s}: the only image of its class; two or more are needed to hold some out")
         num_val = min(max(round(len(members) * val_fraction), 1), len(members) - 1)
@@ -40,12 +40,10 @@ def stratified_split(
 
 
 def choose_by_name(names: Sequence[str], num_images: int | None) -> list[int]:
-    """Positions of ``num_images`` of the names, in order; None: of all.
+    """Sorted positions of ``num_images`` of the names; all if it is None.
 
-    Which ones follows from a hash of each name, so a larger choice holds a smaller one.
-
-    Raises:
-        ValueError: they are more than there are, or none.
+    Which ones follows from a hash of each name, so that a larger choice contains a smaller one. ValueError unless
+    ``num_images`` is from 1 to the number of names.
     """
     if num_images is None:
         return list(range(len(names)))

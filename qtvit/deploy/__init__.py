@@ -7,10 +7,7 @@ from qtvit import moved
 from .fuse import fuse
 from .predictor import Predictor
 
-__all__ = [
-    "Predictor",
-    "fuse",
-]
+__all__ = ["Predictor", "fuse"]
 
 
 def __getattr__(name: str) -> Any:

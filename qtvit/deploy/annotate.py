@@ -1,9 +1,10 @@
-"""Pictures with text on them: sheets of many small ones, and single ones with a caption."""
+"""Writing annotated pictures: contact sheets of many small ones, and single ones with a caption."""
 
+import contextlib
 import functools
 import importlib.util
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
@@ -11,25 +12,26 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from qtvit.console import shorten
 
 QUALITY = 92
-"""Of JPEG files."""
+"""JPEG quality."""
 PER_SHEET = 60
-"""Pictures on a sheet of predictions."""
+"""Number of pictures on a sheet of predictions."""
 TILE = 176
-"""Side in pixels of a picture on a sheet."""
+"""Side of a picture on a sheet, in pixels."""
 GAP = 10
+"""Space between pictures on a sheet, in pixels."""
 SMALL, LARGE = 14, 18
-"""Font sizes on a sheet, in pixels."""
+"""Font sizes of captions and titles on a sheet, in pixels."""
 FONTS = ("DejaVuSans.ttf", "Arial Unicode.ttf", "Arial.ttf", "arial.ttf")
-"""Looked for among the fonts of the system, in this order; PIL's own has little beyond ASCII."""
+"""System fonts, in order of preference; PIL's own has little beyond ASCII."""
 
 
 @dataclass(frozen=True)
 class Tile:
-    """A picture on a sheet, and the lines below it.
+    """A picture on a sheet, with lines of text below it.
 
     Attributes:
-        image: shrunk already (`thumbnail`), so that a sheet of large photographs fits into memory.
-        lines: of text; what does not fit into the width is cut.
+        image: already shrunk by `thumbnail`, so that a sheet of large photographs fits into memory.
+        lines: text; lines that are wider than the tile are cut.
         color: of the text.
     """
 
@@ -39,17 +41,15 @@ class Tile:
 
 
 def thumbnail(image: Image.Image, side: int = TILE) -> Image.Image:
-    """``image`` at the largest size that fits into a square; the pixels of a very small one stay visible squares."""
-    enlarged = side / max(image.size)
-    return ImageOps.contain(
-        image, (side, side), Image.Resampling.NEAREST if enlarged >= 3 else Image.Resampling.LANCZOS
-    )
+    """Resize ``image`` to fit into a square of ``side`` pixels; pixels of very small images stay visible as squares."""
+    method = Image.Resampling.NEAREST if side / max(image.size) >= 3 else Image.Resampling.LANCZOS
+    return ImageOps.contain(image, (side, side), method)
 
 
 def contact_sheet(
     tiles: Sequence[Tile], title: str = "", side: int = TILE, max_columns: int | None = None
 ) -> Image.Image:
-    """One picture of all ``tiles``, in rows from left to right, below the ``title``; ``side`` is that of a picture."""
+    """Arrange ``tiles``, whose pictures have ``side`` pixels, in rows below the ``title``."""
     columns = min(len(tiles), max_columns or (10 if len(tiles) > 24 else 8))
     line_height = round(SMALL * 1.35)
     num_lines = max(len(tile.lines) for tile in tiles)
@@ -69,7 +69,7 @@ def contact_sheet(
 
 
 def add_caption(image: Image.Image, text: str) -> Image.Image:
-    """``image`` in its own size above a bar with ``text``; a very narrow one gets margins, for the text to fit."""
+    """Put ``image``, in its own size, above a bar with ``text``; narrow images get margins as room for the text."""
     width = max(image.width, 240)
     size = max(SMALL, round(width / 40))
     captioned = Image.new("RGB", (width, image.height + 2 * size), "black")
@@ -79,25 +79,23 @@ def add_caption(image: Image.Image, text: str) -> Image.Image:
     return captioned
 
 
+@dataclass
 class SheetWriter:
-    """Writes pictures with their predictions to ``path``, `PER_SHEET` to a sheet: sheet.png, sheet-2.png, …
-
-    Args:
-        path: of the first sheet.
-        side: of a picture in pixels.
+    """Writes pictures with their predictions, `PER_SHEET` to a sheet: sheet.png, sheet-2.png, …
 
     Attributes:
-        written: the sheets so far; the last one is written by `close`.
+        path: of the first sheet.
+        side: of a picture, in pixels.
+        written: the sheets written so far; `close` writes the last one.
     """
 
-    def __init__(self, path: Path, side: int = TILE) -> None:
-        self.path = path
-        self.side = side
-        self.tiles: list[Tile] = []
-        self.written: list[Path] = []
+    path: Path
+    side: int = TILE
+    tiles: list[Tile] = field(default_factory=list, init=False)
+    written: list[Path] = field(default_factory=list, init=False)
 
     def add(self, image: Image.Image, name: Path, captions: Sequence[str]) -> None:
-        """Add a picture with the first of its ``captions`` and the last part of its ``name``."""
+        """Add a picture; its first caption and its file name are written below it."""
         self.tiles.append(Tile(thumbnail(image, self.side), (*captions[:1], name.name)))
         if len(self.tiles) == PER_SHEET:
             self.close()
@@ -111,21 +109,20 @@ class SheetWriter:
             self.tiles = []
 
 
+@dataclass
 class FolderWriter:
-    """Writes pictures in their own size, with captions in a bar below, into a folder: JPEG stays JPEG, all else becomes
-    PNG.
+    """Writes pictures in their own size into ``folder``, with captions in a bar below: JPEG as JPEG, all others as PNG.
 
     Attributes:
-        written: the files so far.
+        written: the files written so far.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.written: list[Path] = []
-        self._taken: set[Path] = set()
+    folder: Path
+    written: list[Path] = field(default_factory=list, init=False)
+    _taken: set[Path] = field(default_factory=set, init=False)
 
     def add(self, image: Image.Image, name: Path, captions: Sequence[str]) -> None:
-        """Write a picture to ``folder / name``, numbered when another one has gone there."""
+        """Write a picture to ``folder / name``, with a number if another one was written there."""
         plain = self.folder / name.with_suffix(name.suffix if name.suffix.lower() in (".jpg", ".jpeg") else ".png")
         out, number = plain, 1
         while out in self._taken:
@@ -142,23 +139,21 @@ class FolderWriter:
 
 
 def _fit(text: str, width: int, size: int) -> str:
-    """``text`` on one line, cut so that it is at most ``width`` pixels wide."""
-    text, letters = text.replace("\n", " "), font(size)
+    """``text`` on one line, cut to at most ``width`` pixels."""
+    text = text.replace("\n", " ")
     num_chars = len(text)
-    while num_chars > 1 and letters.getlength(shorten(text, num_chars)) > width:
+    while num_chars > 1 and font(size).getlength(shorten(text, num_chars)) > width:
         num_chars -= 1
     return shorten(text, num_chars)
 
 
 @functools.lru_cache
 def font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    """A font of this size with more than ASCII, if there is one."""
+    """A font of ``size`` pixels, with more than ASCII if there is one on this machine."""
     names = list(FONTS)
-    if (matplotlib := importlib.util.find_spec("matplotlib")) and matplotlib.origin:  # it brings a font with it
+    if (matplotlib := importlib.util.find_spec("matplotlib")) and matplotlib.origin:  # which brings a font
         names.append(str(Path(matplotlib.origin).parent / "mpl-data" / "fonts" / "ttf" / FONTS[0]))
     for name in names:
-        try:
+        with contextlib.suppress(OSError):
             return ImageFont.truetype(name, size)
-        except OSError:
-            continue
     return ImageFont.load_default(size)

@@ -1,4 +1,4 @@
-"""Exporting a trained model, checked before it is kept."""
+"""Exporting a model to another runtime; the file is checked against the model and kept only if both agree."""
 
 import dataclasses
 import importlib.util
@@ -34,24 +34,22 @@ from .quantize import write_int8
 from .runtimes import Exported, open_exported
 
 RANDOM = "random weights, for timing"
-"""The source of a model without trained weights."""
-NUM_SYNTHETIC = 32
-"""Images made for the check when there are no others."""
+"""``ModelInfo.source`` of a model that was exported untrained."""
 NUM_IMAGES = 300
-"""Images that are chosen of the calibration folder, and of labelled data, if there are more."""
+"""Largest number of images drawn from the calibration folder or the labelled data."""
 NUM_DENSE = 8
-"""Images for a network whose outputs are dense, where each takes longer."""
+"""The same for detectors and segmenters, which take longer for each image."""
 
 
 @dataclass(frozen=True)
 class Export:
-    """What was written.
+    """The result of `export_model`.
 
     Attributes:
-        files: the file to load, and for OpenVINO the .bin beside it.
-        artifact: its description.
-        report: what the check found: `Report`, or another with its ``lines()`` and ``problem()``.
-        images: in words, what it was checked on.
+        files: the file to load, then, for OpenVINO, the .bin with its weights.
+        artifact: the description in the file.
+        report: result of the check: a `Report`, or another object with its ``lines()`` and ``problem()``.
+        images: the images of the check, in words.
     """
 
     files: list[Path]
@@ -73,28 +71,27 @@ def export_model(
     out: str | Path | None = None,
     force: bool = False,
 ) -> Export:
-    """Export a model, run the file in its own runtime next to the model, and keep it if they agree.
+    """Export a model, run the file in its own runtime next to the model, and keep it if both agree.
 
     Args:
-        source: run folder, model file, … as for `qtvit.checkpoints.load_model`; or a model's name, which is then built
-            with random weights.
+        source: what `qtvit.checkpoints.load_model` takes, or a model's name, which is built with random weights.
         format: a name in `FORMATS`.
-        precision: one in `PRECISIONS` of the format.
-        img_size: (H, W) of the images; None: that of the model's preprocessing.
-        dynamic: which of "batch" and "hw" are left open; otherwise batches are of 1 and images of ``img_size``. None:
-            "batch", or "hw" for a detector, which always takes one image of any size.
-        calibration: folder of images, packed or not, or "digits", to find the ranges of int8 on, and to check the file
-            on.
-        data: folder of labelled images, or "digits", as for ``qtvit eval``; checks the accuracy too.
-        max_drop: points of accuracy that may be lost on ``data``.
-        out: file to write; None: "model" beside the run, or in this folder for a model from elsewhere.
-        force: replace ``out`` if it is there.
+        precision: one of the format's `PRECISIONS`.
+        img_size: (H, W) of the images; None: the size in the model's preprocessing.
+        dynamic: which of "batch" and "hw" (height and width) may vary; the others are fixed to 1 and ``img_size``.
+            None: "batch"; for a detector "hw", as its file always takes one image of any size.
+        calibration: folder of images, packed or not, or "digits". The file is checked on them, and int8 measures the
+            ranges of activations on them.
+        data: labelled images as for ``qtvit eval``; the file's accuracy is then checked too.
+        max_drop: largest loss of accuracy on ``data``, in percentage points.
+        out: file to write; None: see `default_path`.
+        force: replace ``out`` if it exists.
 
     Raises:
-        FileNotFoundError, FileExistsError, OSError: the source, images, or a file in the way.
+        OSError: the source or images do not exist, or ``out`` exists or cannot be written.
         ModuleNotFoundError: a package of the extra ``deploy`` is not installed.
-        ValueError: settings that do not go together, a model that cannot be exported, or a file that failed the check;
-            then there is no file.
+        ValueError: the settings contradict each other, the model cannot be exported, or the file failed its check and
+            was removed.
     """
     axes = _check_settings(format, precision, ("batch",) if dynamic is None else dynamic, calibration)
     if not max_drop >= 0:
@@ -105,7 +102,10 @@ def export_model(
         if importlib.util.find_spec(package) is None:
             raise ModuleNotFoundError(f"{package} is not installed; pip install 'qtvit[deploy]'", name=package)
     network, info = _random_model(str(source)) if is_random else load_model(source)
-    images = None if calibration is None else _calibration_images(calibration)
+    images = None
+    if calibration is not None:
+        found = all_images(str(calibration))
+        images = [found[i] for i in chosen(len(found))]
     request = Request(format, precision, img_size, axes, dynamic is not None, images, data, max_drop, out)
     exporter: Exporter = tasks.get(info.task).load("exporter")(network, info, request)
     return exporter.export()
@@ -113,12 +113,12 @@ def export_model(
 
 @dataclass(frozen=True)
 class Request:
-    """What is to be exported how; the fields that are not described here are arguments of `export_model`.
+    """The checked settings of `export_model`; fields not described here are its arguments.
 
     Attributes:
-        axes: the dynamic ones, in order.
-        axes_given: whether they were asked for, and are not the default.
-        calibration: images of the folder.
+        axes: the dynamic axes: "batch" before "hw".
+        axes_given: whether the user named them.
+        calibration: the images drawn from the folder.
     """
 
     format: str
@@ -132,40 +132,38 @@ class Request:
     out: Path
 
 
+@dataclass
 class Exporter(ABC):
-    """The export of a network from pixels (B, 3, H, W) to logits; a task says what to check the file on.
+    """Exports a network that maps pixels (B, 3, H, W) to logits. Each task has a subclass, with its check images.
 
     Attributes:
         network: in evaluation mode.
-        info: its description.
-        request: what is asked for.
+        info: description of the model.
+        request: the settings.
     """
 
     dense: ClassVar[bool] = False
-    """Whether the network scores every pixel."""
+    """Whether the logits are per pixel."""
 
-    def __init__(self, network: nn.Module, info: ModelInfo, request: Request) -> None:
-        self.network = network
-        self.info = info
-        self.request = request
+    network: nn.Module
+    info: ModelInfo
+    request: Request
 
     @abstractmethod
     def check_images(self, artifact: Artifact) -> tuple[list[ImageSource], list[int] | None, str]:
-        """Images to check the file on, their labels if they have such, and in words what they are."""
+        """Images to check the file on, their labels if they have any, and a description of the images."""
 
     @property
     def preprocess(self) -> Preprocess:
-        """How images are made to fit the graph: as in evaluation."""
+        """How images become the graph's input; by default as in evaluation."""
         return Preprocess(**self.info.preprocess)
 
     def score(self, predictor: Predictor[Any], exported: Exported) -> tuple[str, tuple[float, float]] | None:
-        """What is measured on ``request.data`` besides, if anything: its name, and the network's and the file's score,
-        in points.
-        """
+        """A further score on ``request.data``: its name, and the network's and the file's values in percent."""
         return None
 
     def export(self) -> Export:
-        """Write the file, check it, and move it to where it is asked for; errors as `export_model`."""
+        """Write a temporary file, check it, and move it to ``request.out``; errors as `export_model`."""
         request, network = self.request, self.network
         size = request.img_size or tuple(self.info.preprocess["size"])
         check_img_size(network, size, "--img-size")
@@ -174,54 +172,50 @@ class Exporter(ABC):
         artifact = Artifact(info, request.format, request.precision, request.axes)
         images, labels, which = self.check_images(artifact)
 
+        precisions = [request.precision]
+        if request.precision == "int8":  # which is made from the fp32 file and compared with these in size and speed
+            precisions += [name for name in ("fp32", "bf16") if name in PRECISIONS[request.format]]
         fused = fuse(network, None if "hw" in request.axes else artifact.img_size)
         with tempfile.TemporaryDirectory(prefix=".export-", dir=request.out.parent) as folder:
-            file = Path(folder, "new", request.out.name)
-            file.parent.mkdir()
-            others: dict[str, Path] = {}
-            if request.calibration is not None and request.precision == "int8":
-                for other in ("fp32", "bf16") if "bf16" in PRECISIONS[request.format] else ("fp32",):
-                    others[other] = Path(folder, other, request.out.name)
-                    others[other].parent.mkdir()
-                    write(fused, dataclasses.replace(artifact, precision=other), others[other])
+            files = {name: Path(folder, name, request.out.name) for name in precisions}
+            for name, path in files.items():
+                path.parent.mkdir()
+                if name != "int8":
+                    write(fused, dataclasses.replace(artifact, precision=name), path)
+            file = files[request.precision]
+            if request.precision == "int8":
+                assert request.calibration is not None
                 labelled = (images, labels) if labels else None
+                transform = self.preprocess.transform()
                 write_int8(
-                    others["fp32"],
-                    file,
-                    artifact,
-                    network,
-                    request.calibration,
-                    self.preprocess,
-                    labelled,
-                    request.max_drop,
+                    files["fp32"], file, artifact, network, request.calibration, transform, labelled, request.max_drop
                 )
-            else:
-                write(fused, artifact, file)
             exported = open_exported(file, "cpu")
             report = check(
                 predictor.runtime, exported, artifact, images, labels, request.max_drop, self.preprocess, self.dense
             )
             if request.data is not None and (scored := self.score(predictor, exported)):
                 report = dataclasses.replace(report, score=scored[0], accuracy=scored[1])
-            if others:
-                report = dataclasses.replace(report, gain=_gain({request.precision: file, **others}))
+            if request.precision == "int8":
+                report = dataclasses.replace(report, gain=_gain(files))
             exported.close()
             if problem := report.problem():
+                runtime = {"onnx": "ONNX Runtime", "openvino": "OpenVINO", "torch": "PyTorch"}[request.format]
                 remedy = ""
                 if (request.format, request.precision) == ("onnx", "int8") and labels:
                     remedy = "; --format openvino keeps layers in fp32 until it loses no more than --max-drop"
                 raise ValueError(
-                    f"not exported: the {request.precision} file for {_runtime_name(request.format)} failed its check: "
-                    f"{problem}{remedy}"
+                    f"not exported: the {request.precision} file for {runtime} failed its check: {problem}{remedy}"
                 )
-            written = sorted(file.parent.iterdir(), key=lambda path: path.suffix == file.suffix)  # the one to load last
+            # The file to load is moved last, when the .bin that it refers to is in place.
+            written = sorted(file.parent.iterdir(), key=lambda path: path.suffix == file.suffix)
             for path in written:
                 os.replace(path, request.out.with_name(path.name))
         return Export([request.out.with_name(path.name) for path in reversed(written)], artifact, report, which)
 
 
 def _gain(files: dict[str, Path]) -> Gain:
-    """The sizes and speeds of a network's files, each alone in its folder, by precision."""
+    """Sizes and speeds of a network's files, by precision; each file lies alone in its folder."""
     runtimes = [open_exported(file, "cpu") for file in files.values()]
     seconds = time_in_turns(runtimes, torch.zeros(1, 3, *runtimes[0].artifact.img_size))
     for runtime in runtimes:
@@ -231,7 +225,10 @@ def _gain(files: dict[str, Path]) -> Gain:
 
 
 def default_path(source: str | Path, format: str, precision: str) -> Path:
-    """Where `export_model` writes to: RUN/model.onnx, model-int8.onnx beside model.safetensors, ./NAME.onnx."""
+    """Where `export_model` writes by default: into the run folder, beside the model file, or else here.
+
+    RUN/model.onnx, RUN/model-int8.onnx, FOLDER/NAME.onnx for FOLDER/NAME.safetensors, ./NAME.onnx.
+    """
     suffix = ("" if precision == "fp32" else f"-{precision}") + FORMATS[format]
     path = Path(source)
     if path.is_dir():
@@ -244,10 +241,10 @@ def default_path(source: str | Path, format: str, precision: str) -> Path:
 def _check_settings(
     format: str, precision: str, dynamic: Sequence[str], calibration: str | Path | None
 ) -> tuple[str, ...]:
-    """The dynamic axes in order; ValueError if the settings do not go together."""
+    """The dynamic axes in order; ValueError if the settings contradict each other."""
     if format not in FORMATS:
         raise unknown_name("format", format, FORMATS)
-    known = ("fp32", "bf16", "fp16", "int8")
+    known = PRECISIONS["openvino"]  # which has them all
     if precision not in known:
         raise unknown_name("precision", precision, known)
     if precision not in PRECISIONS[format]:
@@ -257,9 +254,10 @@ def _check_settings(
             ("torch", "int8"): "PyTorch's own int8 is not written here",
         }[format, precision]
         raise ValueError(f"--format {format} has no --precision {precision}: {why}; --format {others} has it")
+    axes = ("batch", "hw")
     for name in dynamic:
-        if name not in ("batch", "hw"):
-            raise unknown_name("dynamic axis", name, ("batch", "hw"))
+        if name not in axes:
+            raise unknown_name("dynamic axis", name, axes)
     if precision == "int8" and "hw" in dynamic:
         raise ValueError(
             "--precision int8 with --dynamic hw: the ranges of int8 are measured at one image size and do not hold at "
@@ -267,11 +265,11 @@ def _check_settings(
         )
     if precision == "int8" and calibration is None:
         raise ValueError("--precision int8 needs --calibration, a folder of typical images to measure ranges on")
-    return tuple(name for name in ("batch", "hw") if name in dynamic)
+    return tuple(name for name in axes if name in dynamic)
 
 
 def _check_out(out: Path, format: str, force: bool) -> Path:
-    """``out``, if a file of this format can be written there."""
+    """Return ``out`` if a file of this format can be written there; make its folder."""
     if out.suffix != FORMATS[format]:
         raise ValueError(f"{out}: a file of --format {format} has to end in {FORMATS[format]}")
     for path in (out, *([out.with_suffix(".bin")] if format == "openvino" else [])):
@@ -284,7 +282,7 @@ def _check_out(out: Path, format: str, force: bool) -> Path:
 
 
 def _is_random(source: str | Path) -> bool:
-    """Whether ``source`` is no more than a model's name; the errors of `find_model_file` if it is nothing at all."""
+    """Whether ``source`` is only the name of an architecture; the errors of `find_model_file` if it is nothing."""
     try:
         find_model_file(source)
         return False
@@ -296,10 +294,10 @@ def _is_random(source: str | Path) -> bool:
 
 @torch.no_grad()
 def _random_model(name: str) -> tuple[nn.Module, ModelInfo]:
-    """A model that was never trained, whose activations have the size of a trained one's.
+    """An untrained model whose activations are about as large as a trained model's, so that it takes as long to run.
 
-    As it is built, the residual branches are silent and signals fade to numbers so small that they slow CPUs down; so
-    its BatchNorms get weights of 1 and the statistics of a few images.
+    As initialised, residual branches output zeros and signals fade to denormal numbers, which slow CPUs down. So its
+    BatchNorms get weights of 1 and the statistics of a few synthetic images.
     """
     say(f"{name}: {RANDOM}; its predictions mean nothing")
     with torch.random.fork_rng(devices=[]):
@@ -308,7 +306,7 @@ def _random_model(name: str) -> tuple[nn.Module, ModelInfo]:
     info = dataclasses.replace(ModelInfo.of_weights(name, {"num_classes": model.num_classes}), source=RANDOM)
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            module.momentum = None  # an average of all batches
+            module.momentum = None  # running statistics become the mean over all batches
             if module.affine:
                 nn.init.ones_(module.weight)
     transform = Preprocess(**info.preprocess).transform()
@@ -317,16 +315,6 @@ def _random_model(name: str) -> tuple[nn.Module, ModelInfo]:
     return model.eval(), info
 
 
-def _calibration_images(folder: str | Path) -> list[ImageSource]:
-    """`NUM_IMAGES` of the images of ``folder``, always the same."""
-    found = all_images(str(folder))
-    return [found[i] for i in chosen(len(found))]
-
-
 def chosen(num_images: int, most: int = NUM_IMAGES) -> list[int]:
-    """Positions of ``most`` of so many images, in order."""
+    """Sorted positions of at most ``most`` of ``num_images`` images; the same ones every time."""
     return sorted(random.Random(0).sample(range(num_images), min(most, num_images)))
-
-
-def _runtime_name(format: str) -> str:
-    return {"onnx": "ONNX Runtime", "openvino": "OpenVINO", "torch": "PyTorch"}[format]

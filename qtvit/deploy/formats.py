@@ -1,7 +1,7 @@
-"""Writing a network as a graph that other runtimes read: ONNX, OpenVINO, ``torch.export``.
+"""Writing a network as a graph that other runtimes read: ONNX, OpenVINO or ``torch.export``.
 
-The types of a graph say what is computed in which precision, and every runtime is told to keep to them. So a network in
-half precision keeps the norms, token sums and divisions of its attention in fp32 wherever it runs.
+The graph's types say what is computed in which precision, and every runtime is told to keep to them. So a network in
+half precision computes the norms, token sums and divisions of its attention in fp32 wherever it runs.
 """
 
 import ast
@@ -25,20 +25,17 @@ from torch.export import Dim, ExportedProgram
 from .artifact import INPUT, METADATA_KEY, OUTPUT, Artifact
 
 OPSET = 20
-"""Of ONNX: the first with GELU as one operator; ONNX Runtime has read it since 1.17."""
-
+"""ONNX opset: the first with GELU as one operator; ONNX Runtime reads it since 1.17."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-"""What a network is cast to for a precision."""
-
+"""The type that a network is cast to for a precision."""
 FULL_PRECISION = {"name": "DisablePrecisionConversion", "version": "0", "value": "dynamic:f16,bf16"}
-"""OpenVINO's note on an operation that is not to run in half precision."""
-
+"""OpenVINO's attribute of an operation that must not run in half precision."""
 REQUIRED = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "openvino": ("onnx", "onnxscript", "openvino"), "torch": ()}
-"""Packages that writing and running a format takes, all in the extra ``deploy``."""
+"""Packages needed to write and run a format, all in the extra ``deploy``."""
 
 
 class Graph(nn.Module):
-    """The network with fp32 in and out, whatever its own precision: (B, 3, H, W) pixels to its logits."""
+    """The network cast to ``dtype``, with fp32 input and output: (B, 3, H, W) pixels to its logits."""
 
     def __init__(self, network: nn.Module, dtype: torch.dtype) -> None:
         super().__init__()
@@ -50,32 +47,27 @@ class Graph(nn.Module):
 
 
 def write(network: nn.Module, artifact: Artifact, path: Path) -> None:
-    """Write ``network``, ready for inference and in fp32, as ``artifact`` says; all but int8.
+    """Write ``network``, ready for inference and in fp32, in the format and precision of ``artifact``, but not in int8.
 
     Raises:
-        ValueError: the network cannot be written like that.
+        ValueError: the network cannot be exported like that.
     """
     graph = Graph(network, DTYPES[artifact.precision])
     if artifact.format == "torch":
         torch.export.save(_trace(graph, artifact), path, extra_files={METADATA_KEY: artifact.to_json()})
     elif artifact.format == "onnx":
-        write_onnx(graph, artifact, path)
+        program = onnx_program(_trace(graph, artifact), [OUTPUT], artifact)
+        program.model.metadata_props[METADATA_KEY] = artifact.to_json()
+        program.save(path, external_data=False)
     else:
-        save_openvino(openvino_model(graph, artifact), artifact, path)
+        save_openvino(_openvino_model(graph, artifact), artifact, path)
 
 
-def write_onnx(graph: Graph, artifact: Artifact, path: Path) -> None:
-    """Write one .onnx file, weights and description in it."""
-    program: Any = onnx_program(_trace(graph, artifact), [OUTPUT], artifact)
-    program.model.metadata_props[METADATA_KEY] = artifact.to_json()
-    program.save(path, external_data=False)
-
-
-def openvino_model(graph: Graph, artifact: Artifact) -> Any:
+def _openvino_model(graph: Graph, artifact: Artifact) -> Any:
     """The ``openvino.Model`` of a network.
 
-    It comes by way of ONNX: read from ``torch.export`` itself, dynamic shapes leave copies of whole tensors in the
-    graph. The reader of ONNX does not know bf16, so that is made of fp16.
+    It is read from ONNX: OpenVINO's reader of ``torch.export`` leaves copies of whole tensors in graphs with dynamic
+    shapes. The reader of ONNX does not know bf16, so a bf16 graph is read in fp16 and then changed.
     """
     import openvino
 
@@ -92,10 +84,10 @@ def openvino_model(graph: Graph, artifact: Artifact) -> Any:
 
 
 def save_openvino(model: Any, artifact: Artifact, path: Path) -> None:
-    """Write an ``openvino.Model`` with its description: ``path`` and the .bin beside it.
+    """Write an ``openvino.Model`` and its description: ``path``, and the .bin beside it.
 
-    A file in half precision is often opened without saying that its types are meant, and all of it would then run in
-    what is fastest there. So what is fp32 in it is marked as such, which OpenVINO heeds since 2026.
+    Files in half precision are often opened without OpenVINO's accuracy mode, and everything would then run in the
+    fastest type. So the operations that are in fp32 are marked as such, which OpenVINO respects since 2026.
     """
     import openvino
 
@@ -117,26 +109,24 @@ def save_openvino(model: Any, artifact: Artifact, path: Path) -> None:
 
 
 def _trace(graph: Graph, artifact: Artifact) -> ExportedProgram:
-    """The traced graph of pixels to logits."""
+    """Trace the graph with the artifact's image size and dynamic axes."""
+    # The example of a dynamic batch has 2 images, as torch.export takes a dimension of 1 for a constant.
     example = torch.zeros(2 if "batch" in artifact.dynamic else 1, 3, *artifact.img_size)
-    dynamic = {0} if "batch" in artifact.dynamic else set()
-    return trace(graph, example, dynamic | ({2, 3} if "hw" in artifact.dynamic else set()), artifact)
+    dynamic = {axis for name, axis in (("batch", 0), ("hw", 2), ("hw", 3)) if name in artifact.dynamic}
+    return trace(graph, example, dynamic, artifact)
 
 
 def trace(graph: nn.Module, example: Tensor, dynamic: Set[int], artifact: Artifact) -> ExportedProgram:
-    """The traced graph, without the places in this machine's files that torch notes at every step.
+    """Trace ``graph``, whose only argument is named `INPUT`, with ``torch.export``.
 
-    Args:
-        graph: has one argument, `INPUT`.
-        example: of it.
-        dynamic: its dimensions that are left open.
-        artifact: for the error.
+    ``example`` is a value of that argument, and ``dynamic`` are its dimensions that may vary. Stack traces are removed,
+    because they show paths on this machine.
     """
     dynamic_shapes = {INPUT: dict.fromkeys(dynamic, Dim.DYNAMIC) or None}
     with quiet_tools(), torch.no_grad():
         try:
             program = torch.export.export(graph, (example,), dynamic_shapes=dynamic_shapes)
-        except Exception as error:  # torch.export's have no common base class
+        except Exception as error:  # torch.export's exceptions have no common base class
             raise _cannot_export(artifact, error) from error
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)
@@ -144,7 +134,7 @@ def trace(graph: nn.Module, example: Tensor, dynamic: Set[int], artifact: Artifa
 
 
 def onnx_program(program: ExportedProgram, outputs: Sequence[str], artifact: Artifact) -> Any:
-    """The ``torch.onnx.ONNXProgram``, with nodes named after the layers they are of."""
+    """Convert to a ``torch.onnx.ONNXProgram``, with nodes named after the layers that they belong to."""
     with quiet_tools():
         try:
             onnx: Any = torch.onnx.export(
@@ -158,7 +148,7 @@ def onnx_program(program: ExportedProgram, outputs: Sequence[str], artifact: Art
 
 
 def _name_nodes(graph: Any) -> None:
-    """Put the layer in front of each node's name, as in stages.3.1.attn/node_matmul_2, without the exporter's notes."""
+    """Prefix each node's name with its layer, as in stages.3.1.attn/node_matmul_2; remove the exporter's metadata."""
     for node in graph:
         scopes = ast.literal_eval(node.metadata_props.get("pkg.torch.onnx.name_scopes", "[]"))
         layer = scopes[-2].removeprefix("network").removeprefix(".") if len(scopes) > 1 else ""
@@ -167,7 +157,7 @@ def _name_nodes(graph: Any) -> None:
 
 
 def _name_dims(graph: Any) -> None:
-    """Call the input's dynamic dimensions batch, height and width, also in the sizes that follow from them."""
+    """Rename the input's dynamic dimensions to batch, height and width, also in the expressions of other shapes."""
     import onnx_ir
 
     names = {}
@@ -178,15 +168,14 @@ def _name_dims(graph: Any) -> None:
     if not names:
         return
     symbols = re.compile(rf"\b({'|'.join(names)})\b")
-    values = [*graph.inputs, *(value for node in graph for value in node.outputs)]
-    for value in values:
+    for value in [*graph.inputs, *(value for node in graph for value in node.outputs)]:
         for axis, dim in enumerate(value.shape or ()):
             if isinstance(dim, onnx_ir.SymbolicDim) and dim.value is not None:
                 value.shape[axis] = symbols.sub(lambda match: names[match[0]], str(dim.value))
 
 
 def _half_to_bfloat16(model: Any) -> None:
-    """Turn what is fp16 in an ``openvino.Model`` into bf16."""
+    """Replace fp16 by bf16 in the constants and casts of an ``openvino.Model``."""
     import openvino
 
     for op in model.get_ordered_ops():
@@ -209,9 +198,9 @@ def _cannot_export(artifact: Artifact, error: Exception) -> ValueError:
 
 @contextmanager
 def quiet_tools() -> Iterator[None]:
-    """Without what exporters say of their own code, and without OpenVINO's tools telling Intel that they are used.
+    """Silence the exporters' logs, warnings and prints, and the telemetry that OpenVINO's tools send to Intel.
 
-    They do so by default, but not under continuous integration.
+    They send none where the variable ``CI`` says that they run under continuous integration.
     """
     disabled, ci = logging.root.manager.disable, os.environ.get("CI")
     logging.disable(logging.WARNING)
@@ -222,7 +211,6 @@ def quiet_tools() -> Iterator[None]:
             yield
     finally:
         logging.disable(disabled)
-        if ci is None:
-            del os.environ["CI"]
-        else:
+        del os.environ["CI"]
+        if ci is not None:
             os.environ["CI"] = ci

@@ -1,4 +1,4 @@
-"""The network as it is deployed: what is constant once training is over is worked out beforehand.
+"""Fusing a trained network for inference: what is constant after training is computed once, in advance.
 
 Shapes: B batch, C channels, H x W feature map.
 """
@@ -17,16 +17,16 @@ from qtvit.layers import ConvNormAct, MultiScaleAttention
 def fuse(model: nn.Module, img_size: tuple[int, int] | None = None, *, eager_cpu: bool = False) -> nn.Module:
     """A copy of ``model`` for inference, with the same outputs up to rounding and fewer operations.
 
-    BatchNorms are folded into the convolutions before them, that of the attention's shortcut into a scale and an
-    offset, and positional maps are resized for ``img_size``, (H, W); at other sizes they are resized from there, so
-    for several sizes leave it out. Parts that are not ours stay as they are; a model without any comes back as a copy.
-    It can be cast to bf16 or fp16: norms, sums over tokens and the division still run in fp32.
+    BatchNorms are folded into the convolutions before them, and the one of the attention's shortcut becomes a scale and
+    an offset. Modules that are not qtvit's are only copied. The result can be cast to bf16 or fp16: norms, sums over
+    tokens and divisions still run in fp32.
 
     Args:
-        model: the network, which is left as it is.
-        img_size: see above.
+        model: the network; not changed.
+        img_size: (H, W) to resize positional maps for. Images of other sizes also work, but their maps are then resized
+            a second time: give None if there are several sizes.
         eager_cpu: also replace 1×1 convolutions by `Pointwise` and activate in place, which saves 5 to 15 % of the time
-            of eager PyTorch on a CPU. Compilers and the runtimes of exported files do as much by themselves.
+            of eager PyTorch on a CPU. Compilers and the runtimes of exported files do this themselves.
 
     Raises:
         ValueError: ``img_size`` has a side below 1.
@@ -45,9 +45,9 @@ def fuse(model: nn.Module, img_size: tuple[int, int] | None = None, *, eager_cpu
 
 
 class Pointwise(nn.Module):
-    """A 1×1 convolution as a matrix product: (B, C, H, W), in and out in the same memory format.
+    """A 1×1 convolution as a matrix product, (B, C, H, W) -> (B, C', H, W) in the memory format of the input.
 
-    PyTorch's convolution copies its weights to another layout at each call on a CPU.
+    It is faster on a CPU, where PyTorch's convolution copies its weights to another layout at each call.
     """
 
     def __init__(self, conv: nn.Conv2d) -> None:
@@ -60,13 +60,13 @@ class Pointwise(nn.Module):
         if tokens.is_contiguous():
             matrices = self.matrix.expand(len(x), -1, -1)
             out = matrices @ tokens if self.bias is None else torch.baddbmm(self.bias.unsqueeze(1), matrices, tokens)
-        else:  # in channels-last, channels are the last dimension of the product too
+        else:  # channels-last: a product with the channels last needs no copy either
             out = F.linear(tokens.mT, self.matrix, self.bias).mT
         return out.unflatten(2, x.shape[2:])
 
 
 class GroupedPointwise(nn.Module):
-    """A 1×1 convolution in groups, without bias, as one batched matrix product: (B, C, H, W), same out."""
+    """A grouped 1×1 convolution without bias as one batched matrix product: (B, C, H, W) -> (B, C', H, W)."""
 
     def __init__(self, conv: nn.Conv2d) -> None:
         super().__init__()
@@ -80,8 +80,9 @@ class GroupedPointwise(nn.Module):
 def _speed_up_on_cpu(fused: nn.Module) -> None:
     for name, module in list(fused.named_modules()):
         if isinstance(module, ConvNormAct):
-            if type(module.conv) is nn.Conv2d and _is_pointwise(module.conv):
-                fused.set_submodule(f"{name}.conv".removeprefix("."), Pointwise(module.conv))
+            conv = module.conv
+            if type(conv) is nn.Conv2d and (conv.kernel_size, conv.stride, conv.groups) == ((1, 1), (1, 1), 1):
+                fused.set_submodule(f"{name}.conv".removeprefix("."), Pointwise(conv))
             if hasattr(module.act, "inplace"):
                 module.act.inplace = True
         elif isinstance(module, MultiScaleAttention) and type(module.qkv) is nn.Conv2d:
@@ -91,12 +92,8 @@ def _speed_up_on_cpu(fused: nn.Module) -> None:
             fused.set_submodule(f"{name}.aggregate.1", GroupedPointwise(grouped))
 
 
-def _is_pointwise(conv: nn.Conv2d) -> bool:
-    return conv.kernel_size == (1, 1) and conv.stride == (1, 1) and conv.groups == 1
-
-
 def _map_sizes(model: nn.Module, img_size: tuple[int, int]) -> dict[str, torch.Size]:
-    """The (H, W) at which each attention layer sees an image of ``img_size``, by its name."""
+    """The feature map's (H, W) in each attention layer, by the layer's name, found by running a blank image."""
     if min(img_size) < 1:
         raise ValueError(f"img_size must be 1 x 1 or more, got {img_size[0]} x {img_size[1]}")
     sizes: dict[str, torch.Size] = {}
@@ -107,9 +104,7 @@ def _map_sizes(model: nn.Module, img_size: tuple[int, int]) -> dict[str, torch.S
     layers = [(name, module) for name, module in model.named_modules() if isinstance(module, MultiScaleAttention)]
     hooks = [module.register_forward_hook(remember(name)) for name, module in layers]
     try:
-        first = next(model.parameters())
-        chans = getattr(model, "in_chans", 3)
-        model(torch.zeros(1, chans, *img_size, device=first.device, dtype=first.dtype))
+        model(torch.zeros(1, getattr(model, "in_chans", 3), *img_size).to(next(model.parameters())))
     finally:
         for hook in hooks:
             hook.remove()

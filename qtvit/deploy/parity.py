@@ -1,4 +1,4 @@
-"""Whether an exported file computes what the network does that it was made of.
+"""Checks that an exported file computes the same as the network it was made from.
 
 Shapes: B batch, H x W image.
 """
@@ -8,6 +8,7 @@ import statistics
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,41 +20,41 @@ from .artifact import Artifact
 from .runtimes import Runtime
 
 FP32_TOLERANCE = 1e-4
-"""Largest difference of a logit that an fp32 file may have, relative to the largest logit of the network."""
+"""Largest difference of a logit that an fp32 file may have, relative to the network's largest logit."""
 MIN_AGREEMENT = {"fp32": 1.0, "bf16": 0.99, "fp16": 0.99, "int8": 0.95}
-"""Part of the images that have to get the same class as from the network, by precision; ties do not count."""
+"""Fraction of images that must get the same class as from the network, by precision; ties do not count."""
 TIE = 0.02
-"""An image is a tie if the network's two best logits are closer than this part of its largest logit."""
+"""An image is a tie if the network's two largest logits are closer than this fraction of its largest logit."""
 SAME_PIXELS = 0.999
-"""Part of all pixels, ties too, that have to get the same class in fp32."""
+"""Fraction of all pixels, ties included, that must get the same class in fp32."""
 MAX_DROP = 1.0
-"""Points of accuracy that a file may lose on labelled images."""
+"""Percentage points of accuracy that a file may lose on labelled images."""
 LARGE_BATCH, SMALL_BATCH = 8, 3
-"""Sizes of batches to try where any is allowed, besides 1."""
+"""Batch sizes that are tried, besides 1, where the file takes any."""
 FEW = 8
-"""Images for each further size and batch that is tried."""
+"""Images for each further image or batch size."""
 DENSE_BATCH, DENSE_FEW = 2, 3
-"""The same of networks that score every pixel, which take far more time and memory for an image."""
+"""In place of ``LARGE_BATCH, FEW`` for networks that score every pixel, which need more time and memory per image."""
 TURNS, WARMUP = 30, 5
-"""How often a file is timed, and how often it runs before."""
+"""Number of timed runs of a file, and of untimed ones before them."""
 AS_FAST = 1.05
-"""A file that takes so many times as long as another, or less, is called as fast: medians scatter by as much."""
+"""A file that takes at most this many times as long as another counts as equally fast: medians scatter that much."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """The file next to the network on images of one size, in batches of one size.
+    """Comparison of a file with its network on images of one size, in batches of one size.
 
     Attributes:
         img_size: (H, W).
-        batch_size: of all batches but the last.
-        num_images: in all.
+        batch_size: of all batches but the last, which may be smaller.
+        num_images: number of images.
         max_diff, mean_diff: absolute difference of the logits; infinite if the file's are not finite.
-        scale: the network's largest logit, absolutely.
-        num_clear: images, or of a segmentation pixels, that are not ties.
-        num_agreeing: those of them that get the same class.
-        num_pixels: all pixels of a segmentation; 0 of a classifier.
-        num_same: those of them that get the same class, ties too.
+        scale: the network's largest absolute logit.
+        num_clear: images (of a segmenter: pixels) that are not ties.
+        num_agreeing: clear ones that get the same class.
+        num_pixels: all pixels of a segmenter's images; 0 for a classifier.
+        num_same: pixels, ties included, that get the same class.
     """
 
     img_size: tuple[int, int]
@@ -69,7 +70,7 @@ class Case:
 
     @classmethod
     def compare(cls, img_size: tuple[int, int], batch_size: int, expected: Tensor, found: Tensor) -> "Case":
-        """From the logits of the network and the file, each (B, num_classes), or (B, num_classes, H, W): of pixels."""
+        """Compare the network's logits with the file's, each (B, num_classes) or (B, num_classes, H, W)."""
         num_images, dense = len(expected), expected.ndim == 4
         expected, found = (logits.movedim(1, -1).flatten(0, -2) for logits in (expected, found))
         diff = (found - expected).abs().nan_to_num(torch.inf, torch.inf)
@@ -77,43 +78,29 @@ class Case:
         scale = float(expected.abs().max())
         clear = best[:, 0] - best[:, -1] > TIE * scale
         same = expected.argmax(-1) == found.argmax(-1)
-        return cls(
-            img_size,
-            batch_size,
-            num_images,
-            float(diff.max()),
-            float(diff.mean()),
-            scale,
-            int(clear.sum()),
-            int((clear & same).sum()),
-            len(same) if dense else 0,
-            int(same.sum()) if dense else 0,
-        )
+        counts = [int(clear.sum()), int((clear & same).sum()), *([len(same), int(same.sum())] if dense else [])]
+        return cls(img_size, batch_size, num_images, float(diff.max()), float(diff.mean()), scale, *counts)
 
     @classmethod
     def merge(cls, cases: Sequence["Case"]) -> "Case":
-        """Of parts of the same images, one case."""
-        first, num_images = cases[0], sum(case.num_images for case in cases)
-        return cls(
-            first.img_size,
-            first.batch_size,
-            num_images,
-            max(case.max_diff for case in cases),
-            sum(case.mean_diff * case.num_images for case in cases) / num_images,
-            max(case.scale for case in cases),
-            *(
-                sum(getattr(case, name) for case in cases)
-                for name in ("num_clear", "num_agreeing", "num_pixels", "num_same")
-            ),
+        """One case from those of parts of the same images."""
+        counts = ("num_images", "num_clear", "num_agreeing", "num_pixels", "num_same")
+        sums: dict[str, Any] = {name: sum(getattr(case, name) for case in cases) for name in counts}
+        return dataclasses.replace(
+            cases[0],
+            max_diff=max(case.max_diff for case in cases),
+            mean_diff=sum(case.mean_diff * case.num_images for case in cases) / sums["num_images"],
+            scale=max(case.scale for case in cases),
+            **sums,
         )
 
     @property
     def agreement(self) -> float:
-        """The part of the images, or pixels, with a clear class that get the same one; 1 if there are none such."""
+        """Fraction of the clear images or pixels that get the same class; 1 if all are ties."""
         return self.num_agreeing / self.num_clear if self.num_clear else 1.0
 
     def problem(self, precision: str) -> str | None:
-        """What is wrong with it, if anything is."""
+        """What disqualifies a file of this precision; None if nothing does."""
         where = f"at {_size(self.img_size)} in batches of {self.batch_size}"
         if not self.max_diff < torch.inf:
             return f"its logits are not finite {where}"
@@ -136,7 +123,7 @@ class Case:
         return None
 
     def agreement_text(self) -> str:
-        """How many get the same class, in words."""
+        """Column of the report: how many images or pixels get the same class."""
         if self.num_pixels:
             return f"{self.num_same / self.num_pixels:>7.2%} of the pixels"
         ties = self.num_images - self.num_clear
@@ -145,18 +132,18 @@ class Case:
 
 @dataclass(frozen=True)
 class Gain:
-    """A file next to others of the same network in the same runtime, by precision; its own first.
+    """Size and speed of a file and of others of the same network and runtime, by precision; the file's own comes first.
 
     Attributes:
-        num_bytes: sizes.
-        seconds: medians of the time for one image.
+        num_bytes: file sizes.
+        seconds: median time for one image.
     """
 
     num_bytes: dict[str, int]
     seconds: dict[str, float]
 
     def lines(self) -> list[str]:
-        """A table, and which of the others are as fast."""
+        """A table, and a sentence about the others that are as fast."""
         own, *others = self.seconds
         lines = [f"{'precision':<10}{'size':>11}{'one image':>12}  next to {own} (medians of {TURNS} turns each)"]
         for name, seconds in self.seconds.items():
@@ -169,15 +156,15 @@ class Gain:
 
 @dataclass(frozen=True)
 class Report:
-    """What `check` found.
+    """Result of `check`.
 
     Attributes:
         precision: of the file.
-        cases: the first with all images at the file's own size.
-        accuracy: ``score`` in percent of the network and of the file, on labelled images.
-        max_drop: by how many points the latter may be lower.
-        gain: what the precision brings, if that was measured.
-        score: what the accuracy is.
+        cases: the first is about all images, at the file's own size.
+        accuracy: ``score`` of the network and of the file, in percent.
+        max_drop: how many percentage points the file's may be lower.
+        gain: size and speed next to other precisions, if measured.
+        score: name of the accuracy.
     """
 
     precision: str
@@ -188,10 +175,10 @@ class Report:
     score: str = "top-1"
 
     def problem(self) -> str | None:
-        """The first thing that is wrong with the file, if anything is."""
-        problems = (case.problem(self.precision) for case in self.cases)
-        if problem := next(filter(None, problems), None):
-            return problem
+        """The first reason to reject the file; None if there is none."""
+        for case in self.cases:
+            if problem := case.problem(self.precision):
+                return problem
         if self.accuracy and self.accuracy[0] - self.accuracy[1] > self.max_drop + 1e-9:
             network, found = self.accuracy
             return (
@@ -201,14 +188,12 @@ class Report:
         return None
 
     def lines(self) -> list[str]:
-        """A table of the cases, and the accuracies."""
+        """A table of the cases, the accuracies and the gain."""
         same = "class" if self.cases[0].num_pixels else "top-1"
         lines = [f"{'size':<10}{'batch':>6}{'images':>8}{'max diff':>11}{'mean diff':>11}  same {same}"]
         for case in self.cases:
-            lines.append(
-                f"{_size(case.img_size):<10}{case.batch_size:>6}{case.num_images:>8}{case.max_diff:>11.2g}"
-                f"{case.mean_diff:>11.2g}  {case.agreement_text()}"
-            )
+            about = f"{_size(case.img_size):<10}{case.batch_size:>6}{case.num_images:>8}"
+            lines += [f"{about}{case.max_diff:>11.2g}{case.mean_diff:>11.2g}  {case.agreement_text()}"]
         lines.append(f"the network's largest logit is {self.cases[0].scale:.3g}")
         if self.accuracy:
             lines.append(f"{self.score}: {self.accuracy[1]:.2f} %, of the network {self.accuracy[0]:.2f} %")
@@ -227,28 +212,26 @@ def check(
     preprocess: Preprocess | None = None,
     dense: bool = False,
 ) -> Report:
-    """Run both on ``images``: all at the file's size, a few at each other size and batch size that it allows.
+    """Run an fp32 network and the file exported from it on the same images.
+
+    All ``images`` are used at the file's size, and a few at other image and batch sizes that the file allows.
 
     Args:
-        network: what the file was made of, in fp32.
-        exported: the file, in the runtime it is for.
-        artifact: the file's description.
-        images: to compare on.
-        labels: their classes, to compare accuracies too.
-        max_drop: see `Report`.
-        preprocess: how images are made to fit the graph; None: as the file says.
-        dense: whether every pixel is scored, which takes longer, so that fewer images have to do.
+        labels: classes of the images; adds the accuracies to the report.
+        preprocess: how images become the graph's input; None: as the file's description says.
+        dense: whether the logits are per pixel; fewer images are then used, in smaller batches.
     """
     preprocess = preprocess or Preprocess(**artifact.info.preprocess)
-    cases = []
-    accuracy = None
+    cases, accuracy = [], None
     for img_size, batch_size, num_images in _plan(artifact, len(images), dense):
-        at_size = dataclasses.replace(preprocess, size=img_size)
+        transform = dataclasses.replace(preprocess, size=img_size).transform()
         expected, found, parts = [], [], []
-        for batch in _batches(images[:num_images], at_size, batch_size):
+        for start in progress(range(0, num_images, batch_size), desc="Checking", unit="batch"):
+            sources = images[start : min(start + batch_size, num_images)]
+            batch = torch.stack([transform(open_image(source)) for source in sources])
             expected.append(network(batch).cpu())
             found.append(exported(batch).cpu())
-            if expected[-1].ndim == 4:  # those of all images would not fit into memory
+            if expected[-1].ndim == 4:  # the pixels of all images would not fit into memory
                 parts.append(Case.compare(img_size, batch_size, expected.pop(), found.pop()))
         if expected:
             parts.append(Case.compare(img_size, batch_size, torch.cat(expected), torch.cat(found)))
@@ -260,7 +243,7 @@ def check(
 
 
 def time_in_turns(runtimes: Sequence[Runtime], pixels: Tensor) -> list[float]:
-    """Seconds that each takes for ``pixels``: medians, taken in turns, so that what else goes on hits all of them."""
+    """Median seconds that each runtime takes for ``pixels``; they take turns, so that disturbances hit all alike."""
     samples: list[list[float]] = [[] for _ in runtimes]
     for turn in range(WARMUP + TURNS):
         for runtime, seconds in zip(runtimes, samples, strict=True):
@@ -272,42 +255,37 @@ def time_in_turns(runtimes: Sequence[Runtime], pixels: Tensor) -> list[float]:
 
 
 def synthetic_images(num_images: int, img_size: tuple[int, int], seed: int = 0) -> list[ImageSource]:
-    """Pictures with the statistics of photographs, whose amplitudes fall off with frequency: coloured 1/f noise.
+    """Coloured 1/f noise, (3, H, W) in 0..1: like those of photographs, its amplitudes fall off with frequency.
 
-    For networks without images at hand: unlike white noise, they excite all layers as photographs do.
+    For checks without images at hand: unlike white noise, it excites all layers as photographs do.
     """
     height, width = img_size
     generator = torch.Generator().manual_seed(seed)
     frequency = torch.hypot(torch.fft.fftfreq(height)[:, None], torch.fft.rfftfreq(width)[None])
-    frequency[0, 0] = torch.inf  # no constant part
+    frequency[0, 0] = torch.inf  # removes the mean, which is drawn separately
     images: list[ImageSource] = []
     for _ in range(num_images):
         white = torch.fft.rfft2(torch.randn(4, height, width, generator=generator))
         noise = torch.fft.irfft2(white / frequency, s=(height, width))
-        noise = noise[:3] / noise.std() + noise[3] / noise.std()  # colours have most of their structure in common
+        noise = noise[:3] / noise.std() + noise[3] / noise.std()  # a photograph's colour channels are largely alike
         level = 0.5 + 0.2 * torch.randn(1, generator=generator)
         images.append((level + 0.15 * noise).clamp(0, 1))
     return images
 
 
 def _plan(artifact: Artifact, num_images: int, dense: bool) -> Iterator[tuple[tuple[int, int], int, int]]:
-    """Image size, batch size and number of images of each case."""
+    """Image size (H, W), batch size and number of images of each case."""
     height, width = artifact.img_size
-    any_batch = "batch" in artifact.dynamic
-    yield (height, width), (DENSE_BATCH if dense else LARGE_BATCH) if any_batch else 1, num_images
-    few = min(DENSE_FEW if dense else FEW, num_images)
-    if any_batch:
+    large, few = (DENSE_BATCH, DENSE_FEW) if dense else (LARGE_BATCH, FEW)
+    large, small = (large, SMALL_BATCH) if "batch" in artifact.dynamic else (1, 1)
+    few = min(few, num_images)
+    yield (height, width), large, num_images
+    if "batch" in artifact.dynamic:
         yield (height, width), 1, few
-        yield (height, width), SMALL_BATCH, few
+        yield (height, width), small, few
     if "hw" in artifact.dynamic:
         for size in ((height * 3 // 2, width * 3 // 2), (height * 5 // 4 + 1, width * 2), (height * 2, width * 4 // 3)):
-            yield size, SMALL_BATCH if any_batch else 1, few
-
-
-def _batches(images: Sequence[ImageSource], preprocess: Preprocess, batch_size: int) -> Iterator[Tensor]:
-    transform = preprocess.transform()
-    for start in progress(range(0, len(images), batch_size), desc="Checking", unit="batch"):
-        yield torch.stack([transform(open_image(image)) for image in images[start : start + batch_size]])
+            yield size, small, few
 
 
 def _size(img_size: tuple[int, int]) -> str:

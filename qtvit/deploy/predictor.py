@@ -1,4 +1,4 @@
-"""From pictures to what a model makes of them."""
+"""Predicting with a trained model: the base class of the tasks' predictors."""
 
 import os
 from abc import ABC, abstractmethod
@@ -20,10 +20,10 @@ from qtvit.data import ImageSource, class_names, open_image
 from qtvit.device import resolve_device
 
 from .artifact import format_of
-from .runtimes import FusedNetwork, Network, Runtime, open_exported
+from .runtimes import Network, Runtime, open_exported
 
 DECODERS = max(2, min(8, os.cpu_count() or 1))
-"""Threads that read images ahead; PIL decodes and resizes without Python's lock."""
+"""Largest number of threads that read images ahead; PIL releases Python's lock while it decodes and resizes."""
 
 P = TypeVar("P")
 T = TypeVar("T")
@@ -31,24 +31,25 @@ OfTask = TypeVar("OfTask", bound="Predictor[Any]")
 
 
 class Predictor(ABC, Generic[P]):
-    """A trained model with its classes and preprocessing, in whatever runs it: from pictures to ``P``.
+    """A trained model with its classes and preprocessing; turns images into predictions of type ``P``.
 
     Args:
-        model: the network, which runs as it is, or what runs it.
+        model: the network, which runs as it is (not fused), or a runtime.
         info: its description.
-        device: where the network runs, see `qtvit.device.resolve_device`; a runtime has its own.
-        threads: of the CPU that the network may use; None leaves PyTorch's number.
+        device, threads: where the network runs (`qtvit.device.resolve_device`) and on how many CPU threads, None for
+            PyTorch's number; a runtime has its own.
 
     Attributes:
-        runtime: what runs the network.
+        runtime: runs the network.
+        info: the model's description.
         classes: readable names (`qtvit.data.class_names`) in the order of the outputs.
 
     Raises:
-        ValueError: the model has no classes, or is not for RGB images.
+        ValueError: the model has no classes, or does not take RGB images.
     """
 
     task: ClassVar[str]
-    """As in ``qtvit train TASK``."""
+    """Name in the registry of tasks."""
 
     def __init__(
         self, model: nn.Module | Runtime, info: ModelInfo, device: str = "auto", threads: int | None = None
@@ -63,14 +64,14 @@ class Predictor(ABC, Generic[P]):
 
     @classmethod
     def load(cls: type[OfTask], path: str | Path, device: str = "auto", threads: int | None = None) -> OfTask:
-        """The model of a run folder, model file or weights file, fused, or an exported one (.onnx, .xml, .pt2).
+        """Load an exported file (.onnx, .xml, .pt2), or, fused, what `qtvit.checkpoints.load_model` takes.
 
-        Called on `Predictor` itself, it returns that of the model's task.
+        ``Predictor.load`` returns the predictor of the model's task.
 
         Raises:
             FileNotFoundError, ValueError: as `qtvit.checkpoints.load_model` and `qtvit.deploy.runtimes.Exported`; or
                 the model is for another task than this class.
-            ModuleNotFoundError: what runs the exported file is not installed.
+            ModuleNotFoundError: the runtime of the exported file is not installed.
         """
         runtime: Runtime
         if format_of(path):
@@ -78,7 +79,7 @@ class Predictor(ABC, Generic[P]):
             info = exported.artifact.info
         else:
             model, info = load_model(path)
-            runtime = FusedNetwork(model, resolve_device(device), threads)
+            runtime = Network(model, resolve_device(device), threads, fused=True)
         predictor = tasks.get(info.task).load("predictor")
         if not issubclass(predictor, cls):
             check_task(path, info, cls.task)
@@ -98,7 +99,7 @@ class Predictor(ABC, Generic[P]):
         raise ValueError("an exported model has no layers to look into; give the run it was exported from")
 
     def close(self) -> None:
-        """Free what the runtime holds; it cannot predict any more."""
+        """Release the runtime's memory; no prediction is possible afterwards."""
         self.runtime.close()
 
     @overload
@@ -108,12 +109,12 @@ class Predictor(ABC, Generic[P]):
     def predict(
         self, images: ImageSource | list[ImageSource] | list[str] | list[Path], *args: Any, **options: Any
     ) -> P | list[P]:
-        """The ``P`` of an image (see `qtvit.data.open_image`), or a list of those of a list of images.
+        """The prediction for one image, or a list of them for a list of images; images as `qtvit.data.open_image`.
 
-        The arguments are those of `iter_predict`.
+        Further arguments are those of `iter_predict`.
 
         Raises:
-            FileNotFoundError, ValueError: an image that is not there or cannot be read; as `iter_predict`.
+            FileNotFoundError, ValueError: an image does not exist or cannot be read; as `iter_predict`.
         """
         if isinstance(images, (list, tuple)):
             return list(self.iter_predict(images, *args, **options))
@@ -121,7 +122,7 @@ class Predictor(ABC, Generic[P]):
 
     @abstractmethod
     def iter_predict(self, images: Sequence[ImageSource], *args: Any, **options: Any) -> Iterator[Any]:
-        """The ``P`` of each image, one at a time; options differ by task.
+        """Yield the prediction for each image; options differ by task.
 
         With ``skip_broken=True``, None for an image that cannot be read.
         """
@@ -134,9 +135,9 @@ class Predictor(ABC, Generic[P]):
         prepare: Callable[[Image.Image], T],
         run: Callable[[list[T]], list[P]],
     ) -> Iterator[P | None]:
-        """What ``run`` makes of each image, in batches of what ``prepare`` makes of them.
+        """Yield the prediction for each image: ``prepare`` per image in threads, ``run`` per batch of its results.
 
-        While a batch is in the network, threads read the next ones. With ``skip_broken``, None for an image that cannot
+        While the network runs a batch, threads read the next ones. With ``skip_broken``, None for an image that cannot
         be read.
         """
         if batch_size < 1:
@@ -151,7 +152,7 @@ class Predictor(ABC, Generic[P]):
 def _read_ahead(
     images: Sequence[ImageSource], prepare: Callable[[Image.Image], T], num_ahead: int, skip_broken: bool
 ) -> Iterator[T | None]:
-    """What ``prepare`` makes of each image, in order, while threads read up to ``num_ahead`` images further on."""
+    """Yield ``prepare`` of each image in order, while threads read up to ``num_ahead`` images ahead."""
 
     def read(image: ImageSource) -> T | None:
         try:

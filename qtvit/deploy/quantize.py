@@ -1,7 +1,7 @@
-"""Exporting in int8: convolutions and linear layers compute with 8-bit integers, attention itself does not.
+"""Exporting in int8: convolutions and linear layers compute with 8-bit integers, the attention itself does not.
 
-Its products and divisions span ranges that eight bits cannot hold, and are few: in int8, they cost more accuracy than
-time (docs/deploy.md has numbers).
+The products and divisions of the attention span ranges that eight bits cannot hold, and are few: in int8 they cost more
+accuracy than they save time (docs/deploy.md has numbers).
 """
 
 import logging
@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import nn
+from torch import Tensor, nn
 
 from qtvit.console import say
-from qtvit.data import ImageSource, Preprocess, open_image
+from qtvit.data import ImageSource, open_image
 from qtvit.device import kept_signal_stack
 from qtvit.layers import LinearAttention, MultiScaleAttention
 
@@ -21,6 +21,7 @@ from .artifact import INPUT, METADATA_KEY, Artifact
 from .formats import quiet_tools, save_openvino
 
 Labelled = tuple[Sequence[ImageSource], Sequence[int]]
+"""Images and their labels."""
 
 
 def write_int8(
@@ -29,34 +30,26 @@ def write_int8(
     artifact: Artifact,
     network: nn.Module,
     images: Sequence[ImageSource],
-    preprocess: Preprocess,
+    transform: Callable[[Any], Tensor],
     labelled: Labelled | None = None,
     max_drop: float = 1.0,
 ) -> None:
-    """Quantize a file to int8.
+    """Quantize the fp32 file ``plain`` to an int8 file, ``path``.
 
     Args:
-        plain: the file in fp32.
-        path: of the file to write.
-        artifact: its description.
-        network: what was exported; its attention layers are looked for.
-        images: the ranges of activations are measured on.
-        preprocess: how images are made to fit the graph.
-        labelled: images and labels; for OpenVINO, layers go back to fp32 until no more accuracy is lost on them than
-            ``max_drop``.
-        max_drop: points of top-1 in percent.
+        network: the exported network; operations of its attention layers are excluded.
+        images: calibration images, on which the ranges of activations are measured.
+        transform: from a PIL image to the graph's input, (3, H, W).
+        labelled: for OpenVINO: layers go back to fp32 until no more than ``max_drop`` is lost on these.
+        max_drop: percentage points of top-1.
     """
     say(f"quantizing with {len(images)} images")
-    transform = preprocess.transform()
 
     def pixels(image: ImageSource) -> np.ndarray:
         return transform(open_image(image))[None].numpy()
 
-    attentions = tuple(
-        f"{name}/"
-        for name, module in network.named_modules()
-        if isinstance(module, (LinearAttention, MultiScaleAttention))
-    )
+    kinds = (LinearAttention, MultiScaleAttention)
+    attentions = tuple(f"{name}/" for name, module in network.named_modules() if isinstance(module, kinds))
     if artifact.format == "openvino":
         save_openvino(_quantize_openvino(plain, attentions, pixels, images, labelled, max_drop), artifact, path)
     else:
@@ -71,22 +64,22 @@ def _quantize_openvino(
     labelled: Labelled | None,
     max_drop: float,
 ) -> Any:
-    """The ``openvino.Model`` in int8."""
+    """The int8 ``openvino.Model``; ``attentions`` are the prefixes of the names of operations to exclude."""
     with quiet_tools(), kept_signal_stack():
         import nncf
         import openvino
 
         model = openvino.Core().read_model(plain)
         nncf.set_log_level(logging.ERROR)
+        eight_bits = ("Constant", "Convolution", "GroupConvolution")
         kept = [
             op.get_friendly_name()
             for op in model.get_ops()
-            if op.get_friendly_name().startswith(attentions)
-            and op.get_type_name() not in ("Constant", "Convolution", "GroupConvolution")
+            if op.get_friendly_name().startswith(attentions) and op.get_type_name() not in eight_bits
         ]
         options: dict[str, Any] = {
             "subset_size": len(images),
-            "model_type": nncf.ModelType.TRANSFORMER,  # knows what has to be kept in other networks' attention
+            "model_type": nncf.ModelType.TRANSFORMER,  # also excludes what the attention of other networks needs
             "ignored_scope": nncf.IgnoredScope(names=kept, validate=False),
         }
         calibration = nncf.Dataset(images, pixels)
@@ -94,8 +87,7 @@ def _quantize_openvino(
             return nncf.quantize(model, calibration, **options)
 
         def top1(compiled: Any, items: Iterable[tuple[ImageSource, int]]) -> float:
-            right = [compiled(pixels(image))[0].argmax() == label for image, label in items]
-            return 100 * float(np.mean(right))
+            return 100 * float(np.mean([compiled(pixels(image))[0].argmax() == label for image, label in items]))
 
         validation = nncf.Dataset(list(zip(*labelled, strict=True)), lambda item: pixels(item[0]))
         return nncf.quantize_with_accuracy_control(
@@ -106,7 +98,7 @@ def _quantize_openvino(
 def _quantize_onnx(
     plain: Path, path: Path, artifact: Artifact, attentions: tuple[str, ...], images: Iterator[np.ndarray]
 ) -> None:
-    """Write an .onnx file in int8: pairs of quantizing and dequantizing around what is to be int8."""
+    """Write an int8 .onnx file in QDQ format: a pair of quantize and dequantize nodes around each int8 operation."""
     import onnx
     from onnxruntime import quantization
 

@@ -1,4 +1,4 @@
-"""What runs a network: PyTorch, ONNX Runtime or OpenVINO, all called alike.
+"""Running a network in PyTorch, ONNX Runtime or OpenVINO behind one interface.
 
 Shapes: B batch, H x W image.
 """
@@ -7,26 +7,25 @@ import zipfile
 from abc import ABC, abstractmethod
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from qtvit.device import kept_signal_stack, resolve_device
 
-from .artifact import INPUT, METADATA_KEY, OUTPUT, Artifact, format_of, no_description
+from .artifact import INPUT, METADATA_KEY, OUTPUT, Artifact, format_of
 from .fuse import fuse
 
 OPENVINO_CONFIG = {"EXECUTION_MODE_HINT": "ACCURACY", "PERFORMANCE_HINT": "LATENCY"}
-"""ACCURACY: in the precisions that the graph says, where OpenVINO by default makes bf16 of all on some CPUs."""
+"""ACCURACY keeps the precisions of the graph; by default, OpenVINO runs everything in bf16 on some CPUs."""
 
 
 class Runtime(ABC):
-    """A network that maps normalised pixels, (B, 3, H, W) in fp32, to logits, (B, num_classes) or for each pixel
-    (B, num_classes, H, W), in fp32.
+    """Maps normalised pixels, (B, 3, H, W) in fp32, to logits in fp32: (B, num_classes), or (B, num_classes, H, W).
 
     Attributes:
-        device: where pixels are expected, and logits come from.
+        device: where pixels are expected and logits are returned.
     """
 
     device: torch.device
@@ -36,32 +35,36 @@ class Runtime(ABC):
         """The logits of a batch of any size."""
 
     def detect(self, image: Tensor) -> dict[str, Tensor]:
-        """What a detector finds in an image, (3, H, W) in 0..1 (see `qtvit.tasks.detect.model.Detector`)."""
+        """The objects a detector finds in an image, (3, H, W) in 0..1; see `qtvit.tasks.detect.model.Detector`."""
         raise NotImplementedError(f"{type(self).__name__} runs no detectors")
 
     def close(self) -> None:  # noqa: B027
-        """Free what it holds; it cannot be called any more."""
+        """Release the runtime's memory; it cannot be called afterwards."""
 
 
 class Network(Runtime):
-    """A PyTorch network as it was trained.
+    """A PyTorch network.
 
     Args:
-        module: the network; it is put into evaluation mode and onto the device.
+        module: the network as it was trained; put into evaluation mode and onto the device.
         device: where it runs.
-        threads: of the CPU; None leaves PyTorch's number. It holds for the whole process.
+        threads: CPU threads, set for the whole process; None leaves PyTorch's number.
+        fused: whether to run a fused copy (`qtvit.deploy.fuse`), which is faster. It is made at the first call.
     """
 
-    def __init__(self, module: nn.Module, device: torch.device, threads: int | None = None) -> None:
+    def __init__(
+        self, module: nn.Module, device: torch.device, threads: int | None = None, fused: bool = False
+    ) -> None:
         if threads is not None:
             torch.set_num_threads(threads)
         self.device = device
         self.module = module.eval().to(device)
+        self.fused = fused
 
     @cached_property
     def running(self) -> nn.Module:
-        """What runs: the network itself."""
-        return self.module
+        """The module that runs: ``module`` or its fused copy."""
+        return fuse(self.module, eager_cpu=self.device.type == "cpu") if self.fused else self.module
 
     @torch.inference_mode()
     def __call__(self, pixels: Tensor) -> Tensor:
@@ -73,43 +76,45 @@ class Network(Runtime):
         return found
 
 
-class FusedNetwork(Network):
-    """A PyTorch network that runs fused, which is faster; ``module`` stays as it was trained."""
-
-    @cached_property
-    def running(self) -> nn.Module:
-        """The network fused (`qtvit.deploy.fuse`), as it is when this is first asked for."""
-        return fuse(self.module, eager_cpu=self.device.type == "cpu")
-
-
 class Exported(Runtime):
-    """An exported file: what all formats share.
+    """An exported file; the base class of all formats.
 
     Args:
         path: the file.
-        device: see `qtvit.device.resolve_device`; all but .pt2 files run on the CPU alone.
-        threads: of the CPU; None: as many as PyTorch has.
+        device: see `qtvit.device.resolve_device`; only .pt2 files run on other devices than the CPU.
+        threads: CPU threads; None: as many as PyTorch uses.
 
     Attributes:
         artifact: the description in the file.
+        runner: the runtime's own object that runs the graph.
 
     Raises:
         FileNotFoundError: there is no such file.
         ModuleNotFoundError: the runtime is not installed.
-        ValueError: the file cannot be read or was not written by `qtvit export`, or does not run on the device.
+        ValueError: the file cannot be read, was not written by `qtvit export`, or does not run on the device.
     """
 
-    artifact: Artifact
+    any_device: ClassVar[bool] = False
+    """Whether the runtime runs on other devices than the CPU."""
+
+    runner: Any
 
     def __init__(self, path: Path, device: str = "auto", threads: int | None = None) -> None:
         if not path.is_file():
             raise FileNotFoundError(f"{path}: no such file")
         self.path = path
         self.threads = torch.get_num_threads() if threads is None else threads
-        self.device = self._resolve(device)
+        self.device = resolve_device(device)
+        if self.device.type != "cpu" and not self.any_device:
+            if device != "auto":
+                raise ValueError(f"{path}: runs on the CPU, not on {device}")
+            self.device = torch.device("cpu")
         description = self._open()
         if description is None:
-            raise no_description(path)
+            raise ValueError(
+                f"{path}: has no {METADATA_KEY!r} entry in its metadata (class names, preprocessing), so "
+                "`qtvit export` did not write it"
+            )
         self.artifact = Artifact.from_json(description, path)
 
     def __call__(self, pixels: Tensor) -> Tensor:
@@ -123,31 +128,29 @@ class Exported(Runtime):
             return self._run(pixels)
         return torch.cat([self._run(image) for image in pixels.split(1)])
 
-    def _resolve(self, device: str) -> torch.device:
-        if resolve_device(device).type != "cpu" and device != "auto":
-            raise ValueError(f"{self.path}: runs on the CPU, not on {device}")
-        return torch.device("cpu")
+    def close(self) -> None:
+        self.runner = None
 
     @abstractmethod
     def _open(self) -> str | None:
-        """Load the file; returns the description in it, if there is one."""
+        """Load the file into ``runner``; return the description in it, or None if it has none."""
 
     @abstractmethod
     def _run(self, pixels: Tensor) -> Tensor:
-        """The logits of a batch that fits the graph."""
+        """The logits of a batch of a size that the graph takes."""
 
 
 def onnx_options(threads: int) -> Any:
-    """How ONNX Runtime is to run a file.
+    """The ``onnxruntime.SessionOptions`` with which files are run.
 
-    Its threads would go on turning for a while when their work is done, and slow down what else the process does, such
-    as reading the next images.
+    By default, ONNX Runtime's threads spin for a while after each call, which slows down the rest of the process, such
+    as the threads that read the next images; here they stop.
     """
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
-    options.log_severity_level = 3  # errors; it warns of what its own optimiser leaves behind
+    options.log_severity_level = 3  # errors only: it warns about leftovers of its own optimiser
     options.add_session_config_entry("session.force_spinning_stop", "1")
     return options
 
@@ -160,26 +163,23 @@ class OnnxFile(Exported):
 
         options = onnx_options(self.threads)
         try:
-            self.session: Any = onnxruntime.InferenceSession(self.path, options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # its errors have no base class of their own
+            self.runner = onnxruntime.InferenceSession(self.path, options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # its exceptions have no common base class
             raise _unreadable(self.path, "ONNX Runtime", error) from error
-        return self.session.get_modelmeta().custom_metadata_map.get(METADATA_KEY)
+        return self.runner.get_modelmeta().custom_metadata_map.get(METADATA_KEY)
 
     def _run(self, pixels: Tensor) -> Tensor:
-        return torch.from_numpy(self.session.run([OUTPUT], {INPUT: pixels.numpy()})[0])
+        return torch.from_numpy(self.runner.run([OUTPUT], {INPUT: pixels.numpy()})[0])
 
     def detect(self, image: Tensor) -> dict[str, Tensor]:
-        names = [output.name for output in self.session.get_outputs()]
+        names = [output.name for output in self.runner.get_outputs()]
         try:
-            found = self.session.run(names, {INPUT: image.numpy()})
-        except Exception as error:  # its errors have no base class of their own
+            found = self.runner.run(names, {INPUT: image.numpy()})
+        except Exception as error:  # its exceptions have no common base class
             height, width = image.shape[-2:]
             reason = str(error).strip().splitlines()[-1]
             raise ValueError(f"{self.path}: cannot be run on an image of {width} x {height} px ({reason})") from error
         return {name: torch.from_numpy(values) for name, values in zip(names, found, strict=True)}
-
-    def close(self) -> None:
-        self.session = None
 
 
 class OpenVINOFile(Exported):
@@ -188,7 +188,6 @@ class OpenVINOFile(Exported):
     def _open(self) -> str | None:
         import openvino
 
-        keys = [METADATA_KEY, "description"]
         with self.path.open("rb") as file:
             if b"<net" not in file.read(1000):
                 raise ValueError(f"{self.path}: is not a model of OpenVINO")
@@ -199,69 +198,57 @@ class OpenVINOFile(Exported):
         try:
             model = core.read_model(self.path)
             with kept_signal_stack():
-                self.request: Any = core.compile_model(model, "CPU", config).create_infer_request()
+                self.runner = core.compile_model(model, "CPU", config).create_infer_request()
         except RuntimeError as error:
             raise _unreadable(self.path, "OpenVINO", error) from error
+        keys = [METADATA_KEY, "description"]
         return model.get_rt_info(keys).astype(str) if model.has_rt_info(keys) else None
 
     def _run(self, pixels: Tensor) -> Tensor:
-        logits = self.request.infer({INPUT: pixels.numpy()}, share_inputs=True, share_outputs=True)[OUTPUT]
-        return torch.from_numpy(logits.copy())  # the next call writes to the same memory
-
-    def close(self) -> None:
-        self.request = None
+        logits = self.runner.infer({INPUT: pixels.numpy()}, share_inputs=True, share_outputs=True)[OUTPUT]
+        return torch.from_numpy(logits.copy())  # a copy, as the next call writes to the same memory
 
 
 class ExportedProgram(Exported):
     """A .pt2 file in PyTorch, on any device."""
 
-    def _resolve(self, device: str) -> torch.device:
-        return resolve_device(device)
+    any_device = True
 
     def _open(self) -> str | None:
         from torch.export.passes import move_to_device_pass
 
         if self.device.type == "cpu":
             torch.set_num_threads(self.threads)
-        description = _pt2_description(self.path)
-        if description is not None:
-            program = torch.export.load(self.path)
-            if self.device.type != "cpu":
-                program = move_to_device_pass(program, self.device)
-            self.module: Any = program.module()
+        try:
+            with zipfile.ZipFile(self.path) as archive:
+                names = [name for name in archive.namelist() if name.endswith(f"/extra/{METADATA_KEY}")]
+                if not names:
+                    return None
+                description = archive.read(names[0]).decode()
+        except (zipfile.BadZipFile, UnicodeDecodeError) as error:
+            raise _unreadable(self.path, "PyTorch", error) from error
+        program = torch.export.load(self.path)
+        if self.device.type != "cpu":
+            program = move_to_device_pass(program, self.device)
+        self.runner = program.module()
         return description
 
     @torch.inference_mode()
     def _run(self, pixels: Tensor) -> Tensor:
         try:
-            return self.module(pixels)
-        except AssertionError as error:  # a guard of the graph, as on the smallest sizes
+            return self.runner(pixels)
+        except AssertionError as error:  # a guard of the graph, for example against the smallest sizes
             raise ValueError(f"{self.path}: does not take pixels of shape {(*pixels.shape,)}: {error}") from error
-
-    def close(self) -> None:
-        self.module = None
-
-
-_OPENERS: dict[str, type[Exported]] = {"onnx": OnnxFile, "openvino": OpenVINOFile, "torch": ExportedProgram}
 
 
 def open_exported(path: str | Path, device: str = "auto", threads: int | None = None) -> Exported:
-    """The exported file ``path``, ready to be called; arguments and errors as `Exported`."""
+    """Open an exported file in its runtime; arguments and errors as `Exported`."""
     path = Path(path)
     name = format_of(path)
     if name is None:
         raise ValueError(f"{path}: expected a file that ends in .onnx, .xml or .pt2")
-    return _OPENERS[name](path, device, threads)
-
-
-def _pt2_description(path: Path) -> str | None:
-    """The description in a .pt2 file, which is a zip archive; ValueError if it is not."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            names = [name for name in archive.namelist() if name.endswith(f"/extra/{METADATA_KEY}")]
-            return archive.read(names[0]).decode() if names else None
-    except (zipfile.BadZipFile, UnicodeDecodeError) as error:
-        raise _unreadable(path, "PyTorch", error) from error
+    kinds: dict[str, type[Exported]] = {"onnx": OnnxFile, "openvino": OpenVINOFile, "torch": ExportedProgram}
+    return kinds[name](path, device, threads)
 
 
 def _unreadable(path: Path, runtime: str, error: Exception) -> ValueError:
