@@ -2,13 +2,16 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart test lint types clean
+.PHONY: quickstart test test-fast lint types clean
 
 quickstart: .venv/train.stamp  ## train the smallest model on built-in digits
 	$(BIN)/qtvit quickstart
 
 test: .venv/dev.stamp  ## run the tests
 	$(BIN)/pytest --numprocesses auto --dist loadfile --max-worker-restart 0
+
+test-fast: .venv/dev.stamp  ## run the tests that are not slow, in a few minutes
+	$(BIN)/pytest --numprocesses auto --dist loadfile --max-worker-restart 0 -m "not slow"
 
 lint: .venv/dev.stamp  ## style and types
 	$(BIN)/ruff check .
