@@ -1,4 +1,4 @@
-"""All that is wrong with a data set in COCO's layout, found before a training stumbles over it."""
+"""Finds everything that is wrong with a data set in COCO's layout, before a training stumbles over it."""
 
 import hashlib
 from functools import partial
@@ -14,7 +14,7 @@ from .coco import OUTSIDE, CocoFile, mostly_outside
 from .data import DetectionSamples, find_splits, size_fault
 
 TOLERANCE = 2.0
-"""Pixels that a box may reach out of its image without being reported: rounding of labelling tools."""
+"""Pixels by which a box may reach out of its image without being reported, because labelling tools round."""
 
 BROKEN = "images that cannot be read, or are not of the size in the annotation file"
 DEGENERATE = "boxes of less than a pixel, which are not learnt"
@@ -30,29 +30,34 @@ def check_detection_data(
     val_images_dir: str | Path | None = None,
     num_threads: int = 8,
 ) -> ProblemReport:
-    """Read annotation files and every image, and report all problems at once.
+    """Read the annotation files and every image, and report all problems at once.
 
-    These are what stops `load_detection_data`; images that cannot be read, or have another size than their annotations
-    are for; boxes that are not learnt as they have no area, or reach out of the image; and the same image in both
-    splits. Arguments as of `load_detection_data`, and ``num_threads`` that read images.
+    Problems are whatever `load_detection_data` would stop at; images that cannot be read, or are not of the size that
+    their annotations are for; boxes that are not learnt because they have no area, or that reach out of their image;
+    and images that are in both splits. Arguments are those of `load_detection_data`, and the number of threads that
+    read images.
 
     Raises:
-        FileNotFoundError: a folder or annotation file that is not there.
-        ValueError: the annotation files or folders of images are not found in ``data``.
+        FileNotFoundError: a folder or annotation file does not exist.
+        ValueError: the annotation files or image folders are not found in ``data``.
     """
-    found = find_splits(data, train_annotations, train_images_dir, val_annotations, val_images_dir)
-    problems = {**found.problems, BROKEN: [], DEGENERATE: [], LEAKS: []}
+    given = train_annotations, train_images_dir, val_annotations, val_images_dir
+    files, folders, _, problems = find_splits(data, *given)
+    problems |= {BROKEN: [], DEGENERATE: [], LEAKS: []}
     summary = []
     paths: dict[bytes, Path] = {}
-    for split, file in found.files.items():
+    for split, file in files.items():
         summary += _summary_lines(split, file)
-        problems[DEGENERATE] += [f"{file.object_name(i)}: {file.box_name(i)}" for i in _degenerate(file)]
-        problems[OUTSIDE] += [
-            f"{file.object_name(i)}: {file.box_name(i)} reaches out of {file.size_name(i)}" for i in _reaching_out(file)
-        ]
-        if split not in found.folders:
+        degenerate = file.degenerate()
+        reaching_out = (np.abs(file.boxes - file.clipped()).max(axis=1) > TOLERANCE) & ~degenerate
+        outside = mostly_outside(file.boxes, file.sizes[file.image_of])  # read_coco has reported these
+        for i in np.setdiff1d(np.flatnonzero(degenerate), outside):
+            problems[DEGENERATE].append(f"{file.object_name(i)}: {file.box_name(i)}")
+        for i in np.setdiff1d(np.flatnonzero(reaching_out), outside):
+            problems[OUTSIDE].append(f"{file.object_name(i)}: {file.box_name(i)} reaches out of {file.size_name(i)}")
+        if split not in folders:
             continue
-        samples = DetectionSamples(file, found.folders[split], tuple(file.categories), has_masks=False)
+        samples = DetectionSamples(file, folders[split], tuple(file.categories), has_masks=False)
         inspected = for_each_image(partial(_inspect, samples), range(len(samples)), num_threads)
         for index, (digest, fault) in enumerate(inspected):
             problems[BROKEN] += [fault] if fault else []
@@ -64,7 +69,7 @@ def check_detection_data(
 
 
 def _inspect(samples: DetectionSamples, index: int) -> tuple[bytes | None, str | None]:
-    """Hash of an image's file, and what is wrong with it; a missing one is not looked at."""
+    """Hash of an image's file and what is wrong with it; both None for a missing file, which `find_splits` reports."""
     sample = samples[index]
     if not sample.image.is_file():
         return None, None
@@ -77,18 +82,6 @@ def _inspect(samples: DetectionSamples, index: int) -> tuple[bytes | None, str |
         return None, f"{sample.image}: {str(error).removeprefix('image bytes: ')}"
     fault = None if size == (sample.width, sample.height) else size_fault(sample, samples.file.path, size)
     return hashlib.blake2b(content, digest_size=16).digest(), fault
-
-
-def _degenerate(file: CocoFile) -> list[int]:
-    outside = mostly_outside(file.boxes, file.sizes[file.image_of])
-    return np.setdiff1d(np.flatnonzero(file.degenerate()), outside).tolist()
-
-
-def _reaching_out(file: CocoFile) -> list[int]:
-    """Boxes of which less than half, but more than `TOLERANCE`, is outside."""
-    beyond = np.abs(file.boxes - file.clipped()).max(axis=1) > TOLERANCE
-    outside = mostly_outside(file.boxes, file.sizes[file.image_of])
-    return np.setdiff1d(np.flatnonzero(beyond & ~file.degenerate()), outside).tolist()
 
 
 def _summary_lines(split: str, file: CocoFile) -> list[str]:

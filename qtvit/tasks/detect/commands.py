@@ -1,4 +1,4 @@
-"""What the command line asks and says about detectors."""
+"""What the command line asks and prints for detectors."""
 
 import argparse
 from collections.abc import Callable, Iterator, Sequence
@@ -9,7 +9,7 @@ from ..commands import EvalReport, Option, Quickstart, TaskCommands
 
 
 def score_from_0_to_1(text: str) -> float:
-    """An option's number from 0 to 1."""
+    """Parse an option's number from 0 to 1."""
     number = float(text)
     if not 0 <= number <= 1:
         raise argparse.ArgumentTypeError(f"must be from 0 to 1, got {text}")
@@ -17,7 +17,7 @@ def score_from_0_to_1(text: str) -> float:
 
 
 class DetectCommands(TaskCommands):
-    """Objects in images."""
+    """The part of the commands that is about objects in images."""
 
     noun = "detector"
     sheet_side = 320
@@ -63,23 +63,12 @@ and with the model just trained:
     def evaluate(self, args: argparse.Namespace, predictor: Any) -> Callable[[], EvalReport]:
         from .coco_eval import GroundTruth
         from .data import load_held_out
-        from .report import (
-            category_table,
-            evaluate_detector,
-            figure_table,
-            headline,
-            scores,
-            write_detection_report,
-        )
+        from .evaluate import evaluate_detector
+        from .report import category_table, figure_table, headline, scores, write_detection_report
 
         categories = dict(zip(predictor.category_ids, predictor.info.classes, strict=True))
-        samples = load_held_out(
-            args.data,
-            categories,
-            annotations=args.val_annotations,
-            images_dir=args.val_images_dir,
-            use_masks=predictor.has_masks,
-        )
+        given = {"annotations": args.val_annotations, "images_dir": args.val_images_dir}
+        samples = load_held_out(args.data, categories, **given, use_masks=predictor.has_masks)
         truth = GroundTruth(samples, categories)
 
         def run() -> EvalReport:
@@ -97,18 +86,17 @@ and with the model just trained:
     def iter_predict(self, args: argparse.Namespace, predictor: Any, files: Sequence[Path]) -> Iterator[Any]:
         classes = [name.strip() for name in args.classes.split(",")] if args.classes else None
         skip = args.on_bad_image == "skip"
-        found: Iterator[Any] = predictor.iter_predict(files, args.score_threshold, classes, skip_broken=skip)
-        return found
+        return predictor.iter_predict(files, args.score_threshold, classes, skip_broken=skip)
 
     def line(self, prediction: Any, predictor: Any) -> str:
         return str(prediction) or "nothing found"
 
     def row(self, prediction: Any) -> dict[str, Any]:
-        objects = [{"label": label} for label in prediction.labels]
-        for entry, result in zip(objects, prediction.to_coco(0), strict=True):
-            del result["image_id"]
-            entry |= result
-        return {"objects": objects}
+        objects = zip(prediction.labels, prediction.to_coco(0), strict=True)
+        row = [{"label": label, **result} for label, result in objects]
+        for entry in row:
+            del entry["image_id"]
+        return {"objects": row}
 
     def picture(self, image: Any, prediction: Any, predictor: Any) -> tuple[Any, Sequence[str]]:
         from .draw import draw_detections

@@ -1,4 +1,4 @@
-"""What the training of a detector takes besides what all tasks do."""
+"""The settings of a detector's training, besides those of every training."""
 
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
@@ -8,7 +8,7 @@ from qtvit.training.config import TrainConfig, require
 
 @dataclass
 class HeadsConfig:
-    """What stands on the network. Where a checkpoint is a detector, its own numbers are the defaults.
+    """The heads on the network. If the checkpoint is a detector, its own numbers are the defaults.
 
     Args:
         cascade: three stages of box heads (at IoU 0.5, 0.6 and 0.7) instead of one; default: false.
@@ -17,7 +17,7 @@ class HeadsConfig:
         box_dim: channels of the box heads; default: 1024.
         anchor_scale: side of the anchors in strides of the feature maps; default: 8.
         proposals: regions of an image that the heads look at, twice as many in training; default: 1000.
-        rois_per_image: of these, those that the heads are trained on; default: 512.
+        rois_per_image: number of these regions that the heads are trained on; default: 512.
     """
 
     cascade: bool | None = None
@@ -32,9 +32,8 @@ class HeadsConfig:
         for name in ("fpn_chans", "box_dim", "proposals", "rois_per_image"):
             value = getattr(self, name)
             require(value is None or value >= 1, f"heads.{name}", value, "1 or more")
-        require(
-            self.anchor_scale is None or self.anchor_scale > 0, "heads.anchor_scale", self.anchor_scale, "more than 0"
-        )
+        scale = self.anchor_scale
+        require(scale is None or scale > 0, "heads.anchor_scale", scale, "more than 0")
 
 
 @dataclass
@@ -44,7 +43,7 @@ class DetectAugment:
     Args:
         hflip: probability of a horizontal flip.
         photometric: probability of each of SSD's changes of brightness, contrast, saturation, hue and channels.
-        zoom: smallest and largest factor that objects grow by: a part of the image is cut out, or a frame added.
+        zoom: smallest and largest factor by which objects grow: a part of the image is cut out, or a frame added.
     """
 
     hflip: float = 0.5
@@ -59,31 +58,30 @@ class DetectAugment:
 
 @dataclass
 class DetectConfig(TrainConfig):
-    """Train an object detector, with masks if the data have such.
+    """Train an object detector, with masks if the data have them.
 
     Args:
-        data: folder in COCO's layout: annotations/instances_train*.json, train*/, and the same of val.
+        data: folder in COCO's layout: annotations/instances_train*.json, train*/, and the same for val.
         train_annotations: annotation file of the training images, if it is elsewhere.
-        train_images_dir: folder that the file names in it are in, likewise.
-        val_annotations: annotation file of the held-out images.
-        val_images_dir: folder that the file names in it are in.
+        train_images_dir: folder that its file names are relative to, if it is elsewhere.
+        val_annotations: annotation file of the held-out images, if it is elsewhere.
+        val_images_dir: folder that its file names are relative to, if it is elsewhere.
         masks: learn masks too (Mask R-CNN) or boxes alone (Faster R-CNN); auto: masks if the data have them.
-        min_size: px of the shorter side that images are resized to; of several, each training image gets one, and
-            evaluation takes the largest. Default: the checkpoint's, else 640.
-        max_size: px that the longer side is not to exceed; default: the checkpoint's, else 1066.
+        min_size: px of the shorter side that images are resized to; from several, one is drawn for each training image,
+            and evaluation takes the largest. Default: the checkpoint's, else 640.
+        max_size: px that the longer side may not exceed; default: the checkpoint's, else 1066.
         drop_empty: leave out training images without objects.
         batch_size: images per step and device.
-        checkpoint: run folder or model file to start from: a classifier's network, or a whole detector, whose last
-            layers start anew if it knows other categories. Default: random weights.
-        heads: what stands on the network.
+        checkpoint: run folder or model file to start from: a classifier, whose network is used, or a whole detector,
+            whose last layers start anew if it knows other categories. Default: random weights.
+        heads: the heads on the network.
         augment: augmentation of training images.
     """
 
     task: ClassVar[str] = "detect"
-    movable: ClassVar[tuple[str, ...]] = (
-        *TrainConfig.movable,
-        *("train_annotations", "train_images_dir", "val_annotations", "val_images_dir"),
-    )
+    paths: ClassVar[tuple[str, ...]] = ("train_annotations", "train_images_dir", "val_annotations", "val_images_dir")
+    """Settings that are paths of the data."""
+    movable: ClassVar[tuple[str, ...]] = (*TrainConfig.movable, *paths)
 
     epochs: int = 36
     batch_size: int = 8

@@ -25,8 +25,8 @@ from .coco import IN_CATEGORIES, IN_MASKS, CocoFile, Problems, clip_boxes, read_
 from .layout import find_annotations, find_images_folder
 
 Target = dict[str, Any]
-"""What a detector is to find in an image, n objects: ``boxes`` (n, 4) fp32 left, top, right, bottom in pixels;
-``labels`` (n,) int64 from 1, as 0 is the background; ``masks`` (n, H, W) uint8 of 0 and 1, if the data have masks; and
+"""What a detector learns to find in an image with n objects: ``boxes`` (n, 4) fp32, left, top, right, bottom in pixels;
+``labels`` (n,) int64 from 1 (0 is the background); ``masks`` (n, H, W) uint8 of 0 and 1, if the data have masks; and
 the int ``image_id``.
 """
 
@@ -36,43 +36,33 @@ MISSING_IMAGES = "image files that are missing"
 
 @dataclass(frozen=True)
 class DetectionSample:
-    """An image and all that its annotation file says of it, n objects.
-
-    Attributes:
-        image: its file.
-        image_id: in the annotation file.
-        width, height: in pixels, as the annotation file has them.
-        boxes: (n, 4) left, top, right, bottom in pixels, which may reach out of the image.
-        labels: (n,) from 1, in the order of the classes.
-        areas: (n,) in pixels.
-        crowd: (n,) whether it is a region with many objects, which is neither learnt nor counted as missed.
-        learnt: (n,) whether a detector is to learn it: no crowd, and not without area.
-        object_ids: (n,) ids of the annotations.
-        masks: (n,) of COCO's compressed RLE, None if the data are used without masks.
-    """
+    """An image and everything its annotation file says about it, n objects. As a string, the path of the image."""
 
     image: Path
-    image_id: int
-    width: int
+    image_id: int  # in the annotation file
+    width: int  # in pixels, according to the annotation file
     height: int
-    boxes: np.ndarray
-    labels: np.ndarray
-    areas: np.ndarray
-    crowd: np.ndarray
-    learnt: np.ndarray
-    object_ids: np.ndarray
-    masks: list[dict[str, Any]] | None
+    boxes: np.ndarray  # (n, 4) left, top, right, bottom in pixels; they may reach out of the image
+    labels: np.ndarray  # (n,) from 1, in the order of the classes
+    areas: np.ndarray  # (n,) in pixels
+    crowd: np.ndarray  # (n,) whether it is a crowd region, which is neither learnt nor counted as missed
+    learnt: np.ndarray  # (n,) whether a detector learns the object: it is no crowd region and its box has an area
+    object_ids: np.ndarray  # (n,) ids of the annotations
+    masks: list[dict[str, Any]] | None  # n masks in COCO's compressed RLE; None if the data are used without masks
+
+    def __str__(self) -> str:
+        return str(self.image)
 
 
 class DetectionSamples(Sequence[DetectionSample]):
-    """Images of an annotation file, of which each `DetectionSample` is made when it is asked for.
+    """The images of an annotation file; each `DetectionSample` is made when it is indexed.
 
     Args:
-        file: where they are from.
-        folder: that its file names are in.
-        category_ids: in the order of the labels.
-        has_masks: whether samples get masks.
-        images: positions in the file of those that are taken; None: all.
+        file: the annotation file.
+        folder: the folder that its file names are relative to.
+        category_ids: ids of the categories, in the order of the labels.
+        has_masks: whether the samples get masks.
+        images: positions in ``file`` of the images to use; None for all.
     """
 
     def __init__(
@@ -118,30 +108,31 @@ class DetectionSamples(Sequence[DetectionSample]):
         )
 
     def path(self, index: int) -> Path:
-        """Of the image's file."""
+        """The image file of a sample."""
         return self.folder / self.file.file_names[self.images[index]]
 
     def select(self, indices: Iterable[int]) -> "DetectionSamples":
-        """Some of the samples; what they are made of is shared."""
+        """The samples at ``indices``; they share the annotation file's arrays with these."""
         images = self.images[np.fromiter(indices, np.int64)]
         return DetectionSamples(self.file, self.folder, self.category_ids.tolist(), self.has_masks, images)
 
     def num_learnt(self) -> np.ndarray:
-        """(len,) number of objects in each image that a detector is to learn."""
+        """(len,) number of objects in each image that a detector learns."""
         return self._per_image(self._learnt)
 
     def num_degenerate(self) -> int:
-        """How many objects a detector does not learn though they are no crowd, as their boxes have no area."""
+        """Number of objects that are not learnt because their boxes have no area; crowd regions do not count."""
         return int(self._per_image(~self._learnt & ~self.file.crowd).sum())
 
     def digest(self) -> str:
-        """A hash of which images these are and of all annotations in their file, wherever that is."""
+        """A hash of the choice of images and of all annotations in their file, wherever that file is."""
         file = self.file
-        images = (self.images, file.image_ids, file.sizes)
-        objects = (file.object_ids, file.image_of, file.category_ids, file.boxes, file.crowd)
-        masks = (file.segments.values, file.segments.ring_ends, np.frombuffer(file.segments.rle, np.uint8))
+        columns = [self.images, file.image_ids, file.sizes]
+        columns += [file.object_ids, file.image_of, file.category_ids, file.boxes, file.crowd]
+        if self.has_masks:
+            columns += [file.segments.values, file.segments.ring_ends, np.frombuffer(file.segments.rle, np.uint8)]
         found = hashlib.sha256("\n".join(file.file_names).encode())
-        for column in (*images, *objects, *(masks if self.has_masks else ())):
+        for column in columns:
             found.update(column.tobytes())
         return found.hexdigest()
 
@@ -151,24 +142,15 @@ class DetectionSamples(Sequence[DetectionSample]):
 
 @dataclass(frozen=True)
 class DetectionData:
-    """Images with boxes, and masks if there are such, in two splits.
+    """Two splits of images with boxes, and with masks if the data have them."""
 
-    Attributes:
-        name: of the data.
-        classes: names, in the order of the categories' ids; label i is ``classes[i - 1]``.
-        category_ids: original ids of the classes.
-        train, val: the splits.
-        has_masks: whether objects have masks.
-        val_annotations: the annotation file of ``val``.
-    """
-
-    name: str
-    classes: tuple[str, ...]
-    category_ids: tuple[int, ...]
+    name: str  # of the data's folder
+    classes: tuple[str, ...]  # names, in the order of the categories' ids; label i is classes[i - 1]
+    category_ids: tuple[int, ...]  # ids of the classes in the annotation files
     train: DetectionSamples
     val: DetectionSamples
     has_masks: bool
-    val_annotations: Path
+    val_annotations: Path  # the annotation file of val
 
     def digest(self) -> str:
         """A hash of classes, images and annotations, wherever the folder is."""
@@ -187,46 +169,38 @@ def load_detection_data(
     use_masks: bool = True,
     drop_empty: bool = False,
 ) -> DetectionData:
-    """Read annotation files in COCO's format; boxes that cannot be learnt are counted and said.
+    """Read annotation files in COCO's format. Boxes without area cannot be learnt; how many there are is printed.
 
     Args:
-        data: folder with ``annotations/instances_train*.json``, ``train*/`` and the same of val, or a similar layout.
+        data: folder with ``annotations/instances_train*.json``, ``train*/`` and the same for val, or a similar layout.
         train_annotations, val_annotations: annotation files, if they are elsewhere.
-        train_images_dir, val_images_dir: folders that the file names in these are in, likewise.
-        train_images: number of training images to use; which ones follows from a hash of their names, and a larger
-            choice holds a smaller one.
-        use_masks: False for boxes alone. Data without any mask have boxes alone in any case.
-        drop_empty: leave training images without objects out.
+        train_images_dir, val_images_dir: folders that their file names are relative to, if they are elsewhere.
+        train_images: number of training images to use. A hash of their names decides which, so that a larger choice
+            contains every smaller one.
+        use_masks: False to use boxes alone. Data without any mask are used with boxes alone in any case.
+        drop_empty: leave out training images without objects.
 
     Raises:
-        FileNotFoundError: a folder or annotation file that is not there.
-        ValueError: files are not found in ``data``, or something is wrong with what is in them: the first problem, and
-            how many there are.
+        FileNotFoundError: a folder or annotation file does not exist.
+        ValueError: files are not found in ``data``, or their content is wrong; the message has the first problem and
+            the number of further ones.
     """
-    found = find_splits(data, train_annotations, train_images_dir, val_annotations, val_images_dir, use_masks)
-    ProblemReport(problems=found.problems).raise_if_any("qtvit data check --task detect")
-    train_file, val_file = found.files["train"], found.files["val"]
-    categories = train_file.categories
-    shared = tuple(categories), found.has_masks
-    train = DetectionSamples(train_file, found.folders["train"], *shared)
-    val = DetectionSamples(val_file, found.folders["val"], *shared)
+    files, folders, has_masks, problems = find_splits(
+        data, train_annotations, train_images_dir, val_annotations, val_images_dir, use_masks
+    )
+    ProblemReport(problems=problems).raise_if_any("qtvit data check --task detect")
+    categories = files["train"].categories
+    train, val = (DetectionSamples(files[s], folders[s], tuple(categories), has_masks) for s in ("train", "val"))
     if drop_empty:
         train = train.select(np.flatnonzero(train.num_learnt()))
     if train_images is not None:
         train = train.select(choose_by_name([train.file.file_names[i] for i in train.images], train_images))
     if not train.num_learnt().any():
-        raise ValueError(f"{train_file.path}: the images to train on have no objects")
+        raise ValueError(f"{train.file.path}: the images to train on have no objects")
     if dropped := train.num_degenerate():
-        console.say(f"dropped {dropped} degenerate box{'es' * (dropped != 1)} of {train_file.path}: less than a pixel")
-    return DetectionData(
-        name=Path(data).resolve().name,
-        classes=tuple(categories.values()),
-        category_ids=tuple(categories),
-        train=train,
-        val=val,
-        has_masks=found.has_masks,
-        val_annotations=val_file.path,
-    )
+        console.say(f"dropped {dropped} degenerate box{'es' * (dropped != 1)} of {train.file.path}: less than a pixel")
+    name, classes = Path(data).resolve().name, tuple(categories.values())
+    return DetectionData(name, classes, tuple(categories), train, val, has_masks, val.file.path)
 
 
 def load_held_out(
@@ -240,14 +214,13 @@ def load_held_out(
     """The images of val alone, to score a detector on.
 
     Args:
-        data: as of `load_detection_data`; nothing of train has to be there.
-        categories: names by id of those that the detector knows.
-        annotations: annotation file, if it is elsewhere.
-        images_dir: folder that the file names in it are in, likewise.
-        use_masks: False for boxes alone. Data where not all objects have a mask have boxes alone in any case.
+        data: as for `load_detection_data`; the files of train are not needed.
+        categories: names by id of the categories that the detector knows.
+        annotations, images_dir: as ``val_annotations`` and ``val_images_dir`` of `load_detection_data`.
+        use_masks: False to use boxes alone. Data in which an object lacks a mask are used with boxes alone in any case.
 
     Raises:
-        FileNotFoundError, ValueError: as `load_detection_data`; or a category that the detector does not know.
+        FileNotFoundError, ValueError: as `load_detection_data`; or there is a category that the detector does not know.
     """
     root = data_folder(data, sample="draw one: qtvit data scenes DIR --task detect")
     file, folder, problems = _read_split(root, "val", _annotations(root, "val", annotations), images_dir)
@@ -259,23 +232,6 @@ def load_held_out(
     return DetectionSamples(file, folder, tuple(categories), use_masks and bool(file.masked.all()))
 
 
-@dataclass(frozen=True)
-class FoundSplits:
-    """What is in the annotation files of "train" and "val", as far as it can be read, and what is wrong with it.
-
-    Attributes:
-        files: by split.
-        folders: of the images, by split.
-        has_masks: whether objects of train have masks.
-        problems: headings with entries.
-    """
-
-    files: dict[str, CocoFile]
-    folders: dict[str, Path]
-    has_masks: bool
-    problems: Problems
-
-
 def find_splits(
     data: str,
     train_annotations: str | Path | None = None,
@@ -283,16 +239,21 @@ def find_splits(
     val_annotations: str | Path | None = None,
     val_images_dir: str | Path | None = None,
     use_masks: bool = True,
-) -> FoundSplits:
-    """Read the annotation files and look for all images, without opening these; arguments and errors as
-    `load_detection_data`, but for what is wrong in the files.
+) -> tuple[dict[str, CocoFile], dict[str, Path], bool, Problems]:
+    """Read the annotation files and look for all images, without opening the images.
+
+    Arguments and errors are those of `load_detection_data`, but what is wrong in the files is returned, not raised.
+
+    Returns:
+        By split, the annotation files and the folders of images, as far as they can be read; whether objects of train
+        have masks that are wanted; and the problems.
     """
     root = data_folder(data, sample="draw one: qtvit data scenes DIR --task detect")
     given = {"train": (train_annotations, train_images_dir), "val": (val_annotations, val_images_dir)}
+    paths = {split: _annotations(root, split, path) for split, (path, _) in given.items()}
     files: dict[str, CocoFile] = {}
     folders: dict[str, Path] = {}
     problems: Problems = {}
-    paths = {split: _annotations(root, split, path) for split, (path, _) in given.items()}
     for split, path in paths.items():
         file, folder, found = _read_split(root, split, path, given[split][1])
         for heading, entries in found.items():
@@ -305,9 +266,12 @@ def find_splits(
         problems[IN_CATEGORIES] += _category_faults(files["train"].categories, str(files["train"].path), files["val"])
     has_masks = use_masks and "train" in files and bool(files["train"].masked.any())
     if has_masks:
-        for file in files.values():
-            problems[IN_MASKS] += _maskless(file)
-    return FoundSplits(files, folders, has_masks, problems)
+        problems[IN_MASKS] += [
+            f"{file.object_name(index)}: no segmentation, though others of train have one"
+            for file in files.values()
+            for index in np.flatnonzero(~file.masked).tolist()
+        ]
+    return files, folders, has_masks, problems
 
 
 def _annotations(root: Path, split: str, given: str | Path | None) -> Path:
@@ -317,24 +281,19 @@ def _annotations(root: Path, split: str, given: str | Path | None) -> Path:
 def _read_split(
     root: Path, split: str, path: Path, images_dir: str | Path | None
 ) -> tuple[CocoFile | None, Path | None, Problems]:
-    """The annotation file, if it can be read, the folder of its images, if it names some, and what is wrong."""
+    """The annotation file and the folder of its images, each None if there is nothing to use, and the problems."""
     file, problems = read_coco(path)
     if file is None or not file.file_names:
         return file, None, problems
-    given = None if images_dir is None else _given_folder(Path(images_dir))
-    folder = given or find_images_folder(root, split, SPLIT_FOLDERS[split], file)
+    folder = find_images_folder(root, split, SPLIT_FOLDERS[split], file) if images_dir is None else Path(images_dir)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: no such folder of images")
     problems.setdefault(MISSING_IMAGES, []).extend(_missing_images(file, folder))
     return file, folder, problems
 
 
-def _given_folder(folder: Path) -> Path:
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{folder}: no such folder of images")
-    return folder
-
-
 def _missing_images(file: CocoFile, folder: Path) -> list[str]:
-    """Reads the listings of folders, as asking for each of a million files takes minutes on a network's disk."""
+    """Compare with listings of the folders: on a network disk, asking for each of a million files takes minutes."""
     listings: dict[str, set[str]] = {}
     missing = []
     for image, file_name in zip(file.image_ids.tolist(), file.file_names, strict=True):
@@ -348,6 +307,7 @@ def _missing_images(file: CocoFile, folder: Path) -> list[str]:
 
 
 def _category_faults(known: Mapping[int, str], where: str, val: CocoFile) -> list[str]:
+    """Categories of val that are not among the ``known`` names by id, which are from ``where``."""
     faults = []
     for number, name in val.categories.items():
         if number not in known:
@@ -357,21 +317,14 @@ def _category_faults(known: Mapping[int, str], where: str, val: CocoFile) -> lis
     return faults
 
 
-def _maskless(file: CocoFile) -> list[str]:
-    without = np.flatnonzero(~file.masked)
-    return [
-        f"{file.object_name(index)}: no segmentation, though others of train have one" for index in without.tolist()
-    ]
-
-
 class DetectionDataset(Dataset[tuple[Tensor, Target]]):
-    """Images as fp32 (3, H, W) from 0 to 1 with a `Target` each, without resizing or normalising.
+    """Images as fp32 (3, H, W) from 0 to 1, each with a `Target`; not resized or normalised.
 
-    Targets are what is to be learnt: without crowd regions and boxes without area, and cut off at the image's edges.
+    Targets hold what is to be learnt: no crowd regions, no boxes without area, and boxes clipped to the image.
 
     Args:
-        samples: to read.
-        transform: of torchvision's v2 kind, takes and returns a uint8 ``tv_tensors.Image`` and a `Target` of them.
+        samples: the images to read.
+        transform: takes and returns a uint8 ``tv_tensors.Image`` and a `Target` of tv_tensors, as torchvision's v2.
     """
 
     def __init__(
@@ -394,17 +347,17 @@ class DetectionDataset(Dataset[tuple[Tensor, Target]]):
 
 
 def collate(batch: Sequence[tuple[Tensor, Target]]) -> tuple[list[Tensor], list[Target]]:
-    """Images and targets as two lists, since both differ in size."""
+    """Images and targets as two lists, because both differ in size."""
     images, targets = zip(*batch, strict=True)
     return list(images), list(targets)
 
 
 def read_image(sample: DetectionSample, annotations: Path) -> Image.Image:
-    """The picture, upright.
+    """The image, upright; ``annotations`` is the annotation file that it belongs to.
 
     Raises:
         FileNotFoundError, ValueError: as `open_image`.
-        ValueError: it does not have the size that the annotations are for; ``annotations`` is their file.
+        ValueError: the image does not have the size that the annotations are for.
     """
     image = open_image(sample.image)
     if image.size != (sample.width, sample.height):
@@ -413,7 +366,7 @@ def read_image(sample: DetectionSample, annotations: Path) -> Image.Image:
 
 
 def size_fault(sample: DetectionSample, annotations: Path, size: tuple[int, int]) -> str:
-    """What to say of an image of another (width, height) than its annotations are for."""
+    """The message about an image whose ``size`` (width, height) is not the one that its annotations are for."""
     with Image.open(sample.image) as image:
         turned = image.size == (sample.width, sample.height)
     reason = "; its EXIF data turn it, and the annotations are for the picture as it is stored" if turned else ""
@@ -422,7 +375,7 @@ def size_fault(sample: DetectionSample, annotations: Path, size: tuple[int, int]
 
 
 def learnt_target(sample: DetectionSample) -> Target:
-    """What a detector is to learn of a sample, as tv_tensors."""
+    """The `Target` of a sample, as tv_tensors."""
     canvas = (sample.height, sample.width)
     kept = np.flatnonzero(sample.learnt)
     sizes = np.broadcast_to([sample.width, sample.height], (len(kept), 2))

@@ -1,4 +1,4 @@
-"""Objects drawn on their picture."""
+"""Draws objects on their picture."""
 
 import colorsys
 from collections.abc import Sequence
@@ -11,20 +11,20 @@ from qtvit.deploy.annotate import font
 from .predict import Detections
 
 MIN_SIDE = 320
-"""Pixels of the longer side that a picture is enlarged to, for its labels to be legible."""
+"""Pixels; a picture whose longer side is shorter is enlarged to about this, so that its labels are legible."""
 OPACITY = 0.45
-"""Of masks."""
+"""Opacity of masks."""
 GOLDEN_RATIO = 0.618034
-"""Consecutive multiples of it are far apart on the circle of hues."""
+"""Consecutive multiples of it, modulo 1, are far apart on the circle of hues."""
 
 
 def draw_detections(image: Image.Image, found: Detections, names: Sequence[str]) -> Image.Image:
-    """``image`` with masks, boxes and labels in a colour for each class; a small picture is enlarged.
+    """``image`` with masks, boxes and labels in the colour of each object's class; a small picture is enlarged.
 
     Args:
         image: the picture, RGB.
-        found: its objects. Where all scores are 1, as of what people have labelled, none is written.
-        names: of all classes, by whose order colours are chosen.
+        found: its objects. No scores are written if all are 1, as those of labelled objects are.
+        names: all classes; a class's position decides its colour.
     """
     factor = max(round(MIN_SIDE / max(image.size)), 1)
     colors = [_color(names.index(label)) for label in found.labels]
@@ -39,8 +39,9 @@ def draw_detections(image: Image.Image, found: Detections, names: Sequence[str])
     width = max(round(max(picture.size) / 400), 1)
     letters = font(max(12, round(max(picture.size) / 45)))
     certain = all(score == 1 for score in found.scores)
-    drawn = list(zip(found.labels, found.scores, (factor * found.boxes).tolist(), colors, strict=True))[::-1]
-    for _, _, box, color in drawn:  # the most certain on top
+    drawn = list(zip(found.labels, found.scores, (factor * found.boxes).tolist(), colors, strict=True))
+    drawn.reverse()  # so that the most certain are on top
+    for _, _, box, color in drawn:
         draw.rectangle(box, outline=color, width=width)
     for label, score, (left, top, _, _), color in drawn:
         text = label if certain else f"{label} {score:.0%}"
@@ -52,6 +53,5 @@ def draw_detections(image: Image.Image, found: Detections, names: Sequence[str])
     return picture
 
 
-def _color(index: int) -> tuple[int, int, int]:
-    red, green, blue = colorsys.hsv_to_rgb(index * GOLDEN_RATIO % 1, 0.65, 1.0)
-    return round(255 * red), round(255 * green), round(255 * blue)
+def _color(index: int) -> tuple[int, ...]:
+    return tuple(round(255 * channel) for channel in colorsys.hsv_to_rgb(index * GOLDEN_RATIO % 1, 0.65, 1.0))

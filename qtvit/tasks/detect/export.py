@@ -1,8 +1,8 @@
-"""Exporting a detector to ONNX: one file from an image of any size to boxes, labels, scores and masks in its pixels.
+"""Export of a detector to ONNX: one file from an image of any size to boxes, labels, scores and masks in its pixels.
 
-The file is made of two graphs. The network and its pyramid go the way of all our networks, through ``torch.export``.
-What torchvision's heads do depends on how many boxes are left, which that cannot follow; they go through the tracing
-exporter, for which torchvision has forms of its own.
+The file is made of two graphs. The network and its pyramid are exported with ``torch.export``, as all our networks are.
+What torchvision's heads do depends on how many boxes are left, which ``torch.export`` cannot follow; they are exported
+with the tracing exporter, for which torchvision has forms of its own.
 
 Shapes: H x W image, n objects.
 """
@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -33,17 +34,17 @@ from .model import Detector
 from .predict import DetectPredictor, to_pixels
 
 COUNTED = 0.3
-"""Score from which on an object of one of the two has to be one of the other, too."""
+"""Score from which an object that the detector or the file finds must also be found by the other."""
 SAME_IOU, SAME_SCORE = 0.95, 0.01
-"""Two objects of the same class are the same if their boxes overlap by so much and their scores differ by no more."""
+"""Least overlap and largest difference of scores of two objects of the same class that count as the same."""
 MIN_MATCHED = 0.99
-"""Part of all objects that have to be found by both."""
+"""Part of all objects that must be found by both."""
 SIZES = "sizes"
-"""Name of what the first graph hands to the second besides the maps: H, W, and those of the resized image."""
+"""Name of a tensor that goes from the first graph to the second: H, W, and those of the resized image."""
 
 
 class Maps(nn.Module):
-    """(3, H, W) in 0..1 -> ``sizes`` (4,): H, W and those of the resized image; and the pyramid's maps."""
+    """(3, H, W) in 0..1 -> ``sizes`` (4,), H and W and those of the resized image, and the pyramid's feature maps."""
 
     def __init__(self, detector: Detector) -> None:
         super().__init__()
@@ -60,7 +61,7 @@ class Maps(nn.Module):
 
 
 class Heads(nn.Module):
-    """``sizes`` and the maps -> boxes (n, 4), labels (n,), scores (n,) and, with mask heads, masks (n, 1, H, W)."""
+    """``sizes`` and feature maps -> boxes (n, 4), labels (n,), scores (n,) and, with mask heads, masks (n, 1, H, W)."""
 
     def __init__(self, detector: Detector) -> None:
         super().__init__()
@@ -82,12 +83,13 @@ def write_detector(detector: Detector, artifact: Artifact, path: Path) -> None:
     """Write ``detector``, ready for inference and in fp32, as one .onnx file.
 
     Raises:
-        ValueError: the network cannot be written like that.
+        ValueError: the network cannot be exported.
     """
     import onnx.compose
 
     parts = Maps(detector).eval(), Heads(detector).eval()
-    example = torch.zeros(3, detector.transform.min_size[-1] + 1, detector.transform.min_size[-1] + 9)
+    side = detector.transform.min_size[-1]
+    example = torch.zeros(3, side + 1, side + 9)
     with torch.no_grad():
         maps = parts[0](example)
     names = [SIZES, *(f"map{i}" for i in range(len(maps) - 1))]
@@ -110,42 +112,26 @@ def _trace_heads(heads: Heads, maps: tuple[Tensor, ...], names: Sequence[str], a
     axes |= {name: {0: "num_objects"} for name in outputs}
     if "masks" in outputs:
         axes["masks"] |= {2: "height", 3: "width"}
+    settings: dict[str, Any] = {"opset_version": OPSET, "input_names": names, "output_names": outputs}
     with quiet_tools(), torch.no_grad(), tempfile.TemporaryDirectory(prefix="qtvit-") as folder:
         file = Path(folder, "heads.onnx")
-        torch.onnx.export(
-            heads,
-            maps,
-            file,
-            dynamo=False,
-            opset_version=OPSET,
-            input_names=names,
-            output_names=outputs,
-            dynamic_axes=axes,
-        )
+        torch.onnx.export(heads, maps, file, dynamo=False, dynamic_axes=axes, **settings)
         return onnx.load(file)
 
 
 @dataclass(frozen=True)
 class DetectorReport:
-    """The file next to the detector on some images.
+    """Comparison of the file with the detector on some images."""
 
-    Attributes:
-        img_sizes: smallest and largest (H, W), by area.
-        num_images: on which both were run.
-        num_objects: that the detector finds with a score of `COUNTED` or more.
-        num_missing: those of them that the file does not find.
-        num_surplus: what the file finds so, and the detector does not.
-    """
-
-    img_sizes: tuple[tuple[int, int], tuple[int, int]]
+    img_sizes: tuple[tuple[int, int], tuple[int, int]]  # smallest and largest (H, W), by area
     num_images: int
-    num_objects: int
-    num_missing: int
-    num_surplus: int
+    num_objects: int  # that the detector finds with a score of `COUNTED` or more
+    num_missing: int  # of these, that the file does not find
+    num_surplus: int  # that only the file finds with such a score
 
     def problem(self) -> str | None:
-        """What is wrong with the file, if anything is."""
-        # One object is no fault of the file: of two overlapping proposals with nearly the same score, rounding decides.
+        """What is wrong with the file; None if nothing is."""
+        # One object is no fault of the file: rounding decides between two overlapping proposals of nearly equal score.
         if max(self.num_missing, self.num_surplus) > max(1, (1 - MIN_MATCHED) * self.num_objects):
             return (
                 f"of {self.num_objects} objects, {self.num_missing} are not found by it, and {self.num_surplus} others "
@@ -154,7 +140,7 @@ class DetectorReport:
         return None
 
     def lines(self) -> list[str]:
-        """In words."""
+        """The report in words."""
         smallest, largest = ("x".join(map(str, size)) for size in self.img_sizes)
         images = f"{self.num_images} images of {smallest} to {largest} px"
         if not self.num_objects + self.num_surplus:
@@ -166,23 +152,22 @@ class DetectorReport:
 
 
 def check_detector(detector: Runtime, exported: Runtime, images: Sequence[ImageSource]) -> DetectorReport:
-    """Run both on ``images``, each at its own size and once turned on its side."""
+    """Run both on ``images`` at their own sizes, each once upright and once turned on its side."""
     sizes: list[tuple[int, int]] = []
-    num_objects = num_missing = num_surplus = 0
+    counts = np.zeros(3, np.int64)  # objects, missing, surplus
     for image in progress(images, desc="Checking", unit="image"):
         upright = to_pixels(open_image(image))
         for pixels in (upright, upright.mT.contiguous()):
             expected, found = detector.detect(pixels), exported.detect(pixels)
             sizes.append((pixels.shape[-2], pixels.shape[-1]))
-            num_objects += int((expected["scores"] >= COUNTED).sum())
-            num_missing += _num_without_partner(expected, found)
-            num_surplus += _num_without_partner(found, expected)
-    by_area = sorted(sizes, key=lambda size: size[0] * size[1])
-    return DetectorReport((by_area[0], by_area[-1]), len(sizes), num_objects, num_missing, num_surplus)
+            num_objects = int((expected["scores"] >= COUNTED).sum())
+            counts += num_objects, _num_without_partner(expected, found), _num_without_partner(found, expected)
+    sizes.sort(key=lambda size: size[0] * size[1])
+    return DetectorReport((sizes[0], sizes[-1]), len(sizes), *counts.tolist())
 
 
 def _num_without_partner(objects: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> int:
-    """How many of the ``objects`` that count are not the same as one of ``others``."""
+    """How many of the ``objects`` with a score of `COUNTED` or more are not the same as one of ``others``."""
     same = box_iou(objects["boxes"].cpu(), others["boxes"].cpu()) >= SAME_IOU
     same &= objects["labels"].cpu()[:, None] == others["labels"].cpu()
     same &= (objects["scores"].cpu()[:, None] - others["scores"].cpu()).abs() <= SAME_SCORE
@@ -190,7 +175,7 @@ def _num_without_partner(objects: Mapping[str, Tensor], others: Mapping[str, Ten
 
 
 class DetectExporter(Exporter):
-    """The export of a detector, to one ONNX file that takes images of any size."""
+    """The export of a detector to one ONNX file that takes images of any size."""
 
     def check_images(self, artifact: Artifact) -> tuple[list[ImageSource], None, str]:
         info, data, calibration = artifact.info, self.request.data, self.request.calibration
@@ -208,29 +193,9 @@ class DetectExporter(Exporter):
 
     def export(self) -> Export:
         request = self.request
-        self._check_settings()
-        artifact = Artifact(self.info, "onnx", "fp32", ("hw",))
-        images, _, which = self.check_images(artifact)
-        with tempfile.TemporaryDirectory(prefix=".export-", dir=request.out.parent) as folder:
-            file = Path(folder, request.out.name)
-            detector: Any = self.network
-            write_detector(detector, artifact, file)
-            exported = open_exported(file, "cpu")
-            report = check_detector(DetectPredictor(self.network, self.info, "cpu").runtime, exported, images)
-            exported.close()
-            if problem := report.problem():
-                raise ValueError(f"not exported: the file for ONNX Runtime failed its check: {problem}")
-            os.replace(file, request.out)
-        return Export([request.out], artifact, report, which)
-
-    def _check_settings(self) -> None:
-        """ValueError for settings that a detector's file does not have."""
-        request = self.request
         if (request.format, request.precision) != ("onnx", "fp32"):
-            raise ValueError(
-                f"a detector is exported with --format onnx --precision fp32, not {request.format} and "
-                f"{request.precision}"
-            )
+            given = f"{request.format} and {request.precision}"
+            raise ValueError(f"a detector is exported with --format onnx --precision fp32, not {given}")
         if request.img_size is not None:
             raise ValueError(
                 "--img-size: the file of a detector takes images of any size and resizes them itself, as in training"
@@ -240,3 +205,16 @@ class DetectExporter(Exporter):
                 f"--dynamic {','.join(request.axes) or 'none'}: the file of a detector takes one image of any size, "
                 "which is hw"
             )
+        artifact = Artifact(self.info, "onnx", "fp32", ("hw",))
+        images, _, which = self.check_images(artifact)
+        with tempfile.TemporaryDirectory(prefix=".export-", dir=request.out.parent) as folder:
+            file = Path(folder, request.out.name)
+            detector: Any = self.network
+            write_detector(detector, artifact, file)
+            exported = open_exported(file, "cpu")
+            report = check_detector(DetectPredictor(detector, self.info, "cpu").runtime, exported, images)
+            exported.close()
+            if problem := report.problem():
+                raise ValueError(f"not exported: the file for ONNX Runtime failed its check: {problem}")
+            os.replace(file, request.out)
+        return Export([request.out], artifact, report, which)

@@ -9,7 +9,7 @@ from .coco import CocoFile
 
 
 def find_annotations(root: Path, split: str, names: Sequence[str]) -> Path:
-    """The annotation file of a split of this name (or one of ``names``) in a folder.
+    """The annotation file in ``root`` of a split, which may have any of ``names``.
 
     Raises:
         ValueError: there is none, or more than one.
@@ -34,21 +34,17 @@ def find_annotations(root: Path, split: str, names: Sequence[str]) -> Path:
 
 
 def find_images_folder(root: Path, split: str, names: Sequence[str], file: CocoFile) -> Path:
-    """The folder that the file names of an annotation file are in.
+    """The folder that the file names of an annotation file are relative to.
 
     Raises:
-        ValueError: none of the usual ones has the images, or more than one.
+        ValueError: none of the usual folders has the images, or more than one has.
     """
-    own_name = file.path.stem.removeprefix("instances_")  # as train2017
     parents = [root, root / "images"]
-    likely = [parent / own_name for parent in parents]
+    likely = [parent / file.path.stem.removeprefix("instances_") for parent in parents]  # such as train2017
     named = [path for parent in parents for name in names for path in sorted(parent.glob(f"{name}*")) if path.is_dir()]
     candidates = [*likely, *named, *(path / "images" for path in named), root / "images", file.path.parent, root]
-    holding = [
-        path
-        for path in dict.fromkeys(candidates)
-        if any((path / file_name).is_file() for file_name in file.file_names[:100])
-    ]
+    names = file.file_names[:100]
+    holding = [path for path in dict.fromkeys(candidates) if any((path / name).is_file() for name in names)]
     if len(holding) == 1 or (holding and holding[0] in likely):
         return holding[0]
     option = f"give --{split}-images-dir"

@@ -1,4 +1,4 @@
-"""Masks of a million objects in flat arrays."""
+"""The masks of up to millions of objects, in a few flat arrays."""
 
 from dataclasses import dataclass
 from itertools import pairwise
@@ -9,27 +9,20 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Segments:
-    """Masks of all objects of a file, as polygons or COCO's compressed RLE.
+    """The masks of all objects of a file, as polygons or COCO's compressed RLE.
 
-    They are flat arrays, since a million small Python objects would take several times the memory, and loader processes
-    would each copy them as they count references.
-
-    Attributes:
-        values: x and y of the polygons' corners, one after the other, in pixels.
-        ring_ends: where each polygon ends in ``values``; with a 0 in front.
-        object_rings: where the polygons of each object end; with a 0 in front.
-        rle: strings of run lengths, one after the other.
-        object_rle: where the string of each object ends; with a 0 in front.
+    They are flat arrays because a million small Python objects would take several times the memory, and every loader
+    process would get its own copy: counting references writes to the memory pages that it shares with others.
     """
 
-    values: np.ndarray
-    ring_ends: np.ndarray
-    object_rings: np.ndarray
-    rle: bytes
-    object_rle: np.ndarray
+    values: np.ndarray  # x and y of the corners of all polygons in pixels, one after the other
+    ring_ends: np.ndarray  # a 0, then where each polygon ends in values
+    object_rings: np.ndarray  # a 0, then the number of polygons up to the end of each object's
+    rle: bytes  # the strings of run lengths, one after the other
+    object_rle: np.ndarray  # a 0, then where the string of each object ends in rle
 
     def encoded(self, index: int, height: int, width: int) -> dict[str, Any]:
-        """The mask of an object as COCO's compressed RLE; an empty one if it has none."""
+        """The mask of an object as COCO's compressed RLE; an empty mask if it has none."""
         from pycocotools import mask
 
         if self.object_rle[index] < self.object_rle[index + 1]:
@@ -52,26 +45,28 @@ class Segments:
         return extents, np.repeat(np.arange(len(self.object_rings) - 1), np.diff(self.object_rings))
 
     def broken_rle(self, num_pixels: np.ndarray) -> list[int]:
-        """Objects whose run lengths do not cover the (M,) pixels of their images: pycocotools would make masks of what
-        happens to be in memory.
+        """Objects whose run lengths do not cover exactly the (M,) pixels of their images.
+
+        From such run lengths pycocotools would make masks of whatever happens to be in memory.
         """
         wrong: list[int] = []
-        step = 20_000
+        step = 20_000  # objects at a time, to bound the memory of the arrays of numbers
         for start in range(0, len(num_pixels), step):
             ends = self.object_rle[start : start + step + 1]
             text = np.frombuffer(self.rle[ends[0] : ends[-1]], np.uint8)
             covered = _covered_pixels(text, ends - ends[0])
-            given = np.diff(ends) > 0
-            wrong += (start + np.flatnonzero(given & (covered != num_pixels[start : start + step]))).tolist()
+            broken = (np.diff(ends) > 0) & (covered != num_pixels[start : start + step])
+            wrong += (start + np.flatnonzero(broken)).tolist()
         return wrong
 
 
 def _covered_pixels(text: np.ndarray, ends: np.ndarray) -> np.ndarray:
-    """(M,) pixels that run lengths cover in all, -1 if they are no run lengths.
+    """(M,) pixels that each mask's run lengths add up to; -1 if the text is not run lengths.
 
-    A number is a few characters, of which each holds five bits, lowest first, and a sixth that says whether there are
-    more; the fifth bit of the last one is the sign. From the fourth number of a mask on, it is what has to be added to
-    the number two before it. So each number counts as often as there are numbers of its parity from there on.
+    A number is a few characters. Each character holds five bits, lowest first, and a sixth bit that says whether more
+    characters follow; the fifth bit of the last character is the sign. From the fourth number of a mask on, a number is
+    the difference from the one two places before it. So the sum counts each number as often as there are numbers of its
+    parity from its place on.
     """
     if not len(text):
         return np.full(len(ends) - 1, -1)

@@ -73,10 +73,10 @@ class PyramidBackbone(Backbone):
     Args:
         body: see `Backbone`.
         chans: C.
-        norm_layer: norm after each of the pyramid's convolutions; None: no norms.
+        norm_layer: norm after each of the pyramid's convolutions; None for no norms.
 
     Attributes:
-        out_channels: C.
+        out_channels: C, under the name that torchvision uses.
         strides: strides of all feature maps, including "pool".
 
     Raises:
@@ -111,7 +111,7 @@ class StrideAnchors(AnchorGenerator):
         self.strides = tuple(strides)
 
     def forward(self, image_list: ImageList, feature_maps: list[Tensor]) -> list[Tensor]:
-        """The anchors, (num_anchors, 4) in pixels and fp32, once per image; all images have the same."""
+        """The anchors, (num_anchors, 4) in pixels and fp32, once per image; they are the same for all images."""
         self.set_cell_anchors(torch.float32, feature_maps[0].device)
         sizes: Any = [feature_map.shape[-2:] for feature_map in feature_maps]
         strides: Any = [(stride, stride) for stride in self.strides]
@@ -133,8 +133,7 @@ class Resize(GeneralizedRCNNTransform):
 
     def scaled(self, image: Tensor, shorter: int) -> Tensor:
         """``image`` (3, H, W) resized to its `new_size`."""
-        height, width = image.shape[-2:]
-        size = self.new_size(height, width, shorter)
+        size = self.new_size(image.shape[-2], image.shape[-1], shorter)
         return F.interpolate(image[None], size, mode="bilinear", align_corners=False)[0]
 
     def resize(self, image: Tensor, target: Any = None) -> Any:
@@ -225,12 +224,12 @@ def build_detector(
     Args:
         model: name of the network, ours or timm's.
         num_classes: number of categories, without the background.
-        masks: True: Mask R-CNN; False: Faster R-CNN, which is trained on boxes alone.
+        masks: True for Mask R-CNN; False for Faster R-CNN, which is trained on boxes alone.
         cascade: use three stages of heads instead of one (Cascade R-CNN).
-        min_size: length in px to which the shorter side of images is resized. Out of several, training draws one for
-            each image, and evaluation takes the last.
-        max_size: upper bound in px for the longer side of the resized images.
-        mean, std: of each channel, for normalising the images.
+        min_size: length in px to which the shorter side of images is resized. From several, training draws one for each
+            image, and evaluation takes the last.
+        max_size: upper bound in px of the longer side of the resized images.
+        mean, std: per channel, for normalising the images.
         model_args: arguments of the network for ``timm.create_model``. With those of a classifier's checkpoint, the
             positional maps have that classifier's size.
         fpn_chans: channels of the pyramid, the RPN head and the mask heads.
@@ -266,14 +265,13 @@ def build_detector(
         post_nms_top_n=num_proposals,
         nms_thresh=0.7,
     )
-    num_outputs = num_classes + 1
     box_pool, mask_pool = (_roi_align(backbone.strides[:-1], size) for size in (7, 14))
 
     def heads(iou: float = 0.5, weight: float = 10.0) -> RoIHeads:
         return RoIHeads(
             box_pool,
             TwoMLPHead(fpn_chans * math.prod(box_pool.output_size), box_dim),
-            BoxPredictor(box_dim, num_outputs, class_agnostic=cascade),
+            BoxPredictor(box_dim, num_classes + 1, class_agnostic=cascade),
             fg_iou_thresh=iou,
             bg_iou_thresh=iou,
             batch_size_per_image=rois_per_image,
@@ -284,7 +282,7 @@ def build_detector(
             detections_per_img=max_detections,
             mask_roi_pool=mask_pool if masks else None,
             mask_head=MaskRCNNHeads(fpn_chans, [fpn_chans] * 4, dilation=1) if masks else None,
-            mask_predictor=MaskPredictor(fpn_chans, fpn_chans, num_outputs) if masks else None,
+            mask_predictor=MaskPredictor(fpn_chans, fpn_chans, num_classes + 1) if masks else None,
         )
 
     roi_heads = CascadeRoIHeads([heads(*stage) for stage in CASCADE]) if cascade else heads()
@@ -298,11 +296,11 @@ def build_detector(
 def _roi_align(strides: Sequence[int], size: int) -> MultiScaleRoIAlign:
     """RoIAlign to ``size`` x ``size``; sides of 14·s to 28·s px use the map of stride s (Lin et al., equation 1).
 
-    torchvision guesses the strides from the first images that it sees, wrongly if these are small.
+    The strides are set here because torchvision guesses them from the first images that it sees, wrongly if these are
+    small.
     """
-    pool = MultiScaleRoIAlign([str(i) for i in range(len(strides))], size, sampling_ratio=2)
+    pool: Any = MultiScaleRoIAlign([str(i) for i in range(len(strides))], size, sampling_ratio=2)
+    pool.scales = [1 / stride for stride in strides]
     levels = [stride.bit_length() - 1 for stride in (strides[0], strides[-1])]
-    scales: Any = [1 / stride for stride in strides]
-    mapper: Any = LevelMapper(*levels, canonical_scale=224, canonical_level=4)
-    pool.scales, pool.map_levels = scales, mapper
+    pool.map_levels = LevelMapper(*levels, canonical_scale=224, canonical_level=4)
     return pool

@@ -1,4 +1,4 @@
-"""From pictures to the objects in them."""
+"""From images to the objects in them."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,22 +19,22 @@ from qtvit.errors import unknown_name
 
 Result = dict[str, Any]
 """An object in COCO's submission format: ``image_id``, ``category_id``, ``score``, ``bbox`` (left, top, width, height
-in pixels) and, of a model with masks, ``segmentation`` (RLE).
+in pixels) and, from a model with masks, ``segmentation`` (RLE).
 """
 SCORE_THRESHOLD = 0.5
-"""From which on objects are shown."""
+"""Default score from which objects are shown."""
 
 
 @dataclass(frozen=True)
 class Detections:
-    """The objects in an image, n of them, the most certain first.
+    """The n objects in an image, the most certain first.
 
     Attributes:
         labels: names of their classes.
-        category_ids: ids of these in the data that the model was trained on.
+        category_ids: ids of these classes in the data that the model was trained on.
         scores: from 0 to 1.
         boxes: (n, 4) left, top, right, bottom in pixels.
-        masks: (n, H, W) bool; None of a model without masks.
+        masks: (n, H, W) bool; None from a model without masks.
     """
 
     labels: tuple[str, ...]
@@ -50,17 +50,11 @@ class Detections:
         return ", ".join(f"{label} {score:.0%}" for label, score in zip(self.labels, self.scores, strict=True))
 
     def to_coco(self, image_id: int | str) -> list[Result]:
-        """In COCO's submission format."""
+        """The objects in COCO's submission format."""
+        boxes = [[left, top, right - left, bottom - top] for left, top, right, bottom in self.boxes.tolist()]
         results: list[Result] = [
-            {
-                "image_id": image_id,
-                "category_id": category_id,
-                "score": score,
-                "bbox": [left, top, right - left, bottom - top],
-            }
-            for category_id, score, (left, top, right, bottom) in zip(
-                self.category_ids, self.scores, self.boxes.tolist(), strict=True
-            )
+            {"image_id": image_id, "category_id": category_id, "score": score, "bbox": box}
+            for category_id, score, box in zip(self.category_ids, self.scores, boxes, strict=True)
         ]
         if self.masks is not None:
             for result, rle in zip(results, encode_masks(self.masks), strict=True):
@@ -71,11 +65,11 @@ class Detections:
 class DetectPredictor(Predictor[Detections]):
     """A trained detector, see `Predictor`.
 
-    Images are looked at one at a time: the attention sees all of a batch's padding, so what is found in an image would
-    depend on its neighbours.
+    Images run one at a time. In a batch they would be padded to one size, the attention would see the padding, and so
+    the detections in an image would depend on its neighbours.
 
     Attributes:
-        category_ids: of the classes, in the data that the model was trained on.
+        category_ids: ids of the classes in the data that the model was trained on.
     """
 
     task = "detect"
@@ -88,7 +82,7 @@ class DetectPredictor(Predictor[Detections]):
 
     @property
     def has_masks(self) -> bool:
-        """Whether it finds masks too."""
+        """Whether the detector predicts masks."""
         return bool(self.info.task_args["masks"])
 
     def iter_predict(
@@ -99,16 +93,16 @@ class DetectPredictor(Predictor[Detections]):
         *,
         skip_broken: bool = False,
     ) -> Iterator[Any]:
-        """The objects in each image, `Detections` at a time.
+        """The `Detections` in each image, one image at a time.
 
         Args:
             images: see `qtvit.data.open_image`.
-            score_threshold: what is less certain is left out; the model itself leaves out what is below 0.05.
-            classes: names of those to look for; None for all.
-            skip_broken: give None for an image that cannot be read.
+            score_threshold: objects with a lower score are left out; the model itself leaves out those below 0.05.
+            classes: names of the classes to look for; None for all.
+            skip_broken: yield None for an image that cannot be read, instead of raising an error.
 
         Raises:
-            ValueError: a threshold that is not from 0 to 1, or a class that the model does not know.
+            ValueError: the threshold is not from 0 to 1, or the model does not know a class.
         """
         if not 0 <= score_threshold <= 1:
             raise ValueError(f"score_threshold must be from 0 to 1, got {score_threshold}")
@@ -120,39 +114,35 @@ class DetectPredictor(Predictor[Detections]):
 
     @torch.inference_mode()
     def _find(self, images: list[Tensor], score_threshold: float, classes: Sequence[str] | None) -> list[Detections]:
-        return [self._chosen(self.runtime.detect(image), score_threshold, classes) for image in images]
+        known = [classes is None or name in classes for name in self.classes]
+        found = []
+        for output in map(self.runtime.detect, images):
+            scored = zip(output["scores"].tolist(), output["labels"].tolist(), strict=True)
+            kept = [i for i, (score, label) in enumerate(scored) if score >= score_threshold and known[label - 1]]
+            chosen = {name: tensor[kept] for name, tensor in output.items()}
+            found.append(read_output(chosen, self.classes, self.category_ids))
+        return found
 
-    def _chosen(
-        self, output: Mapping[str, Tensor], score_threshold: float, classes: Sequence[str] | None
-    ) -> Detections:
-        indices = [
-            i
-            for i, (score, label) in enumerate(zip(output["scores"].tolist(), output["labels"].tolist(), strict=True))
-            if score >= score_threshold and (classes is None or self.classes[label - 1] in classes)
-        ]
-        found = {name: tensor[indices] for name, tensor in output.items()}
-        labels = [label - 1 for label in found["labels"].tolist()]
-        return Detections(
-            tuple(self.classes[label] for label in labels),
-            tuple(self.category_ids[label] for label in labels),
-            tuple(found["scores"].tolist()),
-            found["boxes"].cpu(),
-            found["masks"][:, 0].cpu() > 0.5 if "masks" in found else None,
-        )
+
+def read_output(output: Mapping[str, Tensor], classes: Sequence[str], category_ids: Sequence[int]) -> Detections:
+    """The output of a `qtvit.tasks.detect.model.Detector` for an image, with names and ids in place of labels."""
+    labels = [label - 1 for label in output["labels"].tolist()]
+    return Detections(
+        tuple(classes[label] for label in labels),
+        tuple(category_ids[label] for label in labels),
+        tuple(output["scores"].tolist()),
+        output["boxes"].cpu(),
+        output["masks"][:, 0].cpu() > 0.5 if "masks" in output else None,
+    )
 
 
 def coco_results(output: Mapping[str, Tensor], image_id: int, category_ids: Sequence[int]) -> list[Result]:
-    """What a detector says of an image (see `qtvit.tasks.detect.model.Detector`), in COCO's submission format."""
-    labels = output["labels"].tolist()
-    masks = output["masks"][:, 0].cpu() > 0.5 if "masks" in output else None
-    ids = tuple(category_ids[label - 1] for label in labels)
-    return Detections(
-        tuple(map(str, ids)), ids, tuple(output["scores"].tolist()), output["boxes"].cpu(), masks
-    ).to_coco(image_id)
+    """The same output in COCO's submission format."""
+    return read_output(output, list(map(str, category_ids)), category_ids).to_coco(image_id)
 
 
 def encode_masks(masks: Tensor) -> list[dict[str, Any]]:
-    """(n, H, W) bool to COCO's compressed RLE, with text as ``counts``, so that it goes into JSON."""
+    """(n, H, W) bool masks as COCO's compressed RLE, with ``counts`` as text so that JSON can hold it."""
     from pycocotools import mask
 
     pixels = np.asfortranarray(masks.numpy().transpose(1, 2, 0), np.uint8)
@@ -160,5 +150,5 @@ def encode_masks(masks: Tensor) -> list[dict[str, Any]]:
 
 
 def to_pixels(image: Image.Image) -> Tensor:
-    """(3, H, W) fp32 from 0 to 1."""
+    """An RGB image as (3, H, W) fp32 from 0 to 1."""
     return tvf.to_dtype(tvf.pil_to_tensor(image), torch.float32, scale=True)

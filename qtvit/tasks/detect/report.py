@@ -1,86 +1,35 @@
-"""The evaluation of a detector and its report: scores and pictures in a folder, and a table for the terminal."""
+"""The report of an evaluation of a detector: scores and pictures in a folder, and tables for the terminal."""
 
 import csv
 import io
 import json
-import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from torch.utils.data import DataLoader
 
-from qtvit.console import progress, shorten
+from qtvit.console import shorten
 from qtvit.deploy.annotate import Tile, contact_sheet, thumbnail
 from qtvit.files import write_text
 from qtvit.training.plots import save
 from qtvit.training.tables import MAX_ROWS, NAME_CHARS, NUM_WORST
 
-from .coco_eval import FIGURES, CocoScores, GroundTruth
-from .data import DetectionDataset, DetectionSample, DetectionSamples, collate, learnt_target, read_image
+from .coco_eval import FIGURES, KINDS
+from .data import DetectionSamples, learnt_target, read_image
 from .draw import draw_detections
-from .predict import SCORE_THRESHOLD, Detections, DetectPredictor, Result, coco_results
+from .evaluate import DetectionEvaluation
+from .predict import SCORE_THRESHOLD, Detections, Result, read_output
 
 SIDE = 320
-"""Pixels of a picture on the sheet of predictions."""
+"""Pixels of a picture's side on the sheet of predictions."""
 MAX_LINES = 12
-"""Categories up to which each has its own precision-recall curve."""
+"""Largest number of categories for which each gets a precision-recall curve of its own."""
 RESULTS = "results-{}.json"
-"""In COCO's submission format, for bbox and segm."""
-
-
-@dataclass(frozen=True)
-class DetectionEvaluation:
-    """What a detector found in labelled images.
-
-    Attributes:
-        classes: names, in the order of the labels.
-        category_ids: of the classes.
-        results: all that it found, in COCO's submission format.
-        scores: COCO's figures of boxes and masks, by "box" and "mask".
-        num_images: that were looked at.
-        images_per_second: speed of the detector alone, one image at a time.
-    """
-
-    classes: Sequence[str]
-    category_ids: Sequence[int]
-    results: list[Result]
-    scores: dict[str, CocoScores]
-    num_images: int
-    images_per_second: float
-
-    def metrics(self) -> dict[str, float | None]:
-        """All figures: box_ap, box_ap50, …, mask_ap, …."""
-        return {
-            f"{kind}_{name}": value for kind, of_kind in self.scores.items() for name, value in of_kind.figures.items()
-        }
-
-
-@torch.inference_mode()
-def evaluate_detector(
-    predictor: DetectPredictor, samples: DetectionSamples, truth: GroundTruth, *, num_workers: int = 0
-) -> DetectionEvaluation:
-    """Run ``predictor`` over all ``samples`` and hold what it finds against ``truth``."""
-    loader: Any = DataLoader(DetectionDataset(samples), batch_size=1, collate_fn=collate, num_workers=num_workers)
-    results: list[Result] = []
-    seconds = 0.0
-    for [image], [target] in progress(loader, desc="Evaluating", unit="image"):
-        start = time.perf_counter()
-        output = {name: tensor.cpu() for name, tensor in predictor.runtime.detect(image).items()}
-        seconds += time.perf_counter() - start
-        results += coco_results(output, target["image_id"], predictor.category_ids)
-    return DetectionEvaluation(
-        predictor.classes,
-        predictor.category_ids,
-        results,
-        truth.score(results, predictor.has_masks),
-        len(samples),
-        len(samples) / seconds,
-    )
+"""Files of results in COCO's submission format, for bbox and segm."""
 
 
 def write_detection_report(
@@ -94,11 +43,11 @@ def write_detection_report(
 
     Args:
         evaluation: what to report.
-        samples: the images that it is of.
+        samples: the images that were evaluated.
         folder: to write into.
-        about: what else to say in scores.json.
-        with_results: write results-bbox.json and results-segm.json too. They are two files, since pycocotools takes the
-            sizes of masks from their boxes if these are there.
+        about: further entries of scores.json.
+        with_results: write results-bbox.json and results-segm.json too. These are two files because pycocotools takes
+            the areas of masks from boxes if there are boxes.
     """
     write_text(folder / "scores.json", json.dumps(scores(evaluation, about), indent=2) + "\n")
     table = io.StringIO()
@@ -110,25 +59,21 @@ def write_detection_report(
     plot_precision_recall(evaluation, folder / "precision_recall.png")
     plot_found(evaluation, samples, folder / "predictions.png")
     if with_results:
-        for kind, key in {"bbox": "bbox", "segm": "segmentation"}.items():
+        for iou_type, key in KINDS.values():
             if all(key in result for result in evaluation.results):
                 names = ("image_id", "category_id", "score", key)
                 content = [{name: result[name] for name in names} for result in evaluation.results]
-                write_text(folder / RESULTS.format(kind), json.dumps(content) + "\n")
+                write_text(folder / RESULTS.format(iou_type), json.dumps(content) + "\n")
 
 
 def scores(evaluation: DetectionEvaluation, about: Mapping[str, object] | None = None) -> dict[str, object]:
     """All numbers of an evaluation, for JSON."""
-    return {
-        **(about or {}),
-        **evaluation.metrics(),
-        "num_images": evaluation.num_images,
-        "per_category": _rows(evaluation),
-    }
+    counts = {"num_images": evaluation.num_images, "per_category": _rows(evaluation)}
+    return {**(about or {}), **evaluation.metrics(), **counts}
 
 
 def _rows(evaluation: DetectionEvaluation) -> list[dict[str, Any]]:
-    """One of each category, with the scores of boxes and masks."""
+    """One row per category, with the scores of boxes and masks."""
     same = ("category_id", "label", "num_objects")
     rows: list[dict[str, Any]] = [
         {name: getattr(category, name) for name in same} for category in evaluation.scores["box"].per_category
@@ -140,28 +85,26 @@ def _rows(evaluation: DetectionEvaluation) -> list[dict[str, Any]]:
 
 
 def figure_table(evaluation: DetectionEvaluation) -> list[str]:
-    """Lines of a table of COCO's twelve figures of boxes and of masks, in percent."""
-    kinds = list(evaluation.scores)
-    lines = [f"{'':<12}" + "".join(f"{kind + ' %':>9}" for kind in kinds)]
+    """Lines of a table of COCO's twelve figures for boxes and for masks, in percent."""
+    lines = [f"{'':<12}" + "".join(f"{kind + ' %':>9}" for kind in evaluation.scores)]
     for name in FIGURES:
-        values = [evaluation.scores[kind].figures[name] for kind in kinds]
         what, _, rest = name.partition("_")
-        text = what.upper() + (f" {rest}" if rest else "")
-        lines.append(f"{text:<12}" + "".join(f"{_show(value):>9}" for value in values))
+        cells = "".join(f"{_show(of_kind.figures[name]):>9}" for of_kind in evaluation.scores.values())
+        lines.append(f"{f'{what.upper()} {rest}'.rstrip():<12}" + cells)
     return lines
 
 
 def category_table(evaluation: DetectionEvaluation) -> list[str]:
-    """Lines of a table of the categories; of many, of those with the lowest box AP."""
+    """Lines of a table of the categories; if there are many, of those with the lowest box AP."""
     rows = _rows(evaluation)
     known = [row for row in rows if row["box_ap"] is not None]
     shown = rows if len(rows) <= MAX_ROWS else sorted(known, key=lambda row: row["box_ap"])[:NUM_WORST]
-    columns = [f"{kind}_{name}" for kind in evaluation.scores for name in ("ap", "ap50")]
+    columns = [(kind, name) for kind in evaluation.scores for name in ("ap", "ap50")]
     width = min(max(len("category"), *(len(row["label"]) for row in shown)), NAME_CHARS)
-    heads = [f"{name.split('_')[0]} {name.split('_')[1].upper()} %" for name in columns]
-    lines = [f"{'category':<{width}}{'id':>8}{'objects':>9}" + "".join(f"{head:>13}" for head in heads)]
+    heads = "".join(f"{f'{kind} {name.upper()} %':>13}" for kind, name in columns)
+    lines = [f"{'category':<{width}}{'id':>8}{'objects':>9}" + heads]
     for row in shown:
-        cells = "".join(f"{_show(row[name]):>13}" for name in columns)
+        cells = "".join(f"{_show(row[f'{kind}_{name}']):>13}" for kind, name in columns)
         lines.append(f"{shorten(row['label'], width):<{width}}{row['category_id']:>8}{row['num_objects']:>9}{cells}")
     if len(shown) < len(rows):
         lines.append(f"these are the {len(shown)} with the lowest box AP; per_category.csv has all {len(rows)}")
@@ -182,9 +125,7 @@ def _show(value: float | None) -> str:
 
 
 def plot_precision_recall(evaluation: DetectionEvaluation, out: Path) -> None:
-    """Precision over recall, of boxes and of masks: means over the categories at several IoUs, and at 0.5 those of the
-    categories.
-    """
+    """Draw precision over recall for boxes and for masks: per category at IoU 0.5, and means of all at several IoUs."""
     figure = Figure(figsize=(6 * len(evaluation.scores), 5), layout="constrained")
     panels = figure.subplots(1, len(evaluation.scores), squeeze=False)[0]
     for axes, (kind, of_kind) in zip(panels, evaluation.scores.items(), strict=True):
@@ -205,51 +146,35 @@ def plot_precision_recall(evaluation: DetectionEvaluation, out: Path) -> None:
 
 
 def plot_found(evaluation: DetectionEvaluation, samples: DetectionSamples, out: Path, num_images: int = 12) -> None:
-    """A sheet of images from all over the samples: what is to be found, and beside it what was found."""
+    """Draw a sheet of images spread evenly over the samples: each with its labelled objects, then as predicted."""
     chosen = torch.linspace(0, len(samples) - 1, min(num_images, len(samples))).round().int().tolist()
     found: dict[int, list[Result]] = {samples[index].image_id: [] for index in chosen}
     for result in evaluation.results:
         if result["image_id"] in found and result["score"] >= SCORE_THRESHOLD:
             found[result["image_id"]].append(result)
-    label_of = dict(zip(evaluation.category_ids, evaluation.classes, strict=True))
     tiles = []
-    for index in chosen:
-        sample = samples[index]
-        image = read_image(sample, samples.file.path)
-        pair = (_labelled(sample, evaluation), _as_detections(found[sample.image_id], label_of))
-        for what, objects in zip(("to find", "found"), pair, strict=True):
+    for sample in map(samples.__getitem__, chosen):
+        image, target = read_image(sample, samples.file.path), learnt_target(sample)
+        labelled = {**target, "scores": torch.ones(len(target["labels"]))}
+        if "masks" in target:
+            labelled["masks"] = target["masks"][:, None]
+        to_find = read_output(labelled, evaluation.classes, evaluation.category_ids)
+        for what, objects in (("to find", to_find), ("found", _as_detections(found[sample.image_id], evaluation))):
             picture = draw_detections(image, objects, evaluation.classes)
             tiles.append(Tile(thumbnail(picture, SIDE), [f"{what}: {len(objects)}", sample.image.name]))
     title = f"{len(chosen)} of {len(samples)} images: what is to be found, and what was (score from {SCORE_THRESHOLD})"
     contact_sheet(tiles, title, side=SIDE, max_columns=4).save(out)
 
 
-def _labelled(sample: DetectionSample, evaluation: DetectionEvaluation) -> Detections:
-    """The objects that were to be learnt in an image."""
-    target = learnt_target(sample)
-    labels = [label - 1 for label in target["labels"].tolist()]
-    return Detections(
-        tuple(evaluation.classes[label] for label in labels),
-        tuple(evaluation.category_ids[label] for label in labels),
-        (1.0,) * len(labels),
-        torch.Tensor(target["boxes"]),
-        target["masks"].bool() if "masks" in target else None,
-    )
-
-
-def _as_detections(results: list[Result], label_of: Mapping[int, str]) -> Detections:
-    """The objects of an image that ``results`` tell of."""
+def _as_detections(results: list[Result], evaluation: DetectionEvaluation) -> Detections:
+    """The ``results`` of an image in COCO's submission format, as `Detections`."""
     masks = None
     if results and "segmentation" in results[0]:
         from pycocotools import mask
 
         pixels = mask.decode([result["segmentation"] for result in results])
         masks = torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1))).bool()
+    ids = tuple(result["category_id"] for result in results)
+    labels = tuple(evaluation.classes[evaluation.category_ids.index(number)] for number in ids)
     boxes = [[left, top, left + width, top + height] for left, top, width, height in (r["bbox"] for r in results)]
-    return Detections(
-        tuple(label_of[result["category_id"]] for result in results),
-        tuple(result["category_id"] for result in results),
-        tuple(result["score"] for result in results),
-        torch.tensor(boxes).reshape(-1, 4),
-        masks,
-    )
+    return Detections(labels, ids, tuple(r["score"] for r in results), torch.tensor(boxes).reshape(-1, 4), masks)

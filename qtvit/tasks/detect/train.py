@@ -1,7 +1,7 @@
 """Training a detector: configuration in, run folder out."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,13 +23,14 @@ from qtvit.training.task import Task
 from .coco_eval import GroundTruth
 from .config import DetectConfig
 from .data import DetectionData, DetectionDataset, Target, collate, load_detection_data
+from .evaluate import evaluate_detector
 from .model import Detector, build
 from .predict import DetectPredictor, Result, coco_results
-from .report import evaluate_detector, write_detection_report
+from .report import write_detection_report
 from .transforms import DetectionTransform
 
 LOSSES = ("objectness", "rpn_box_reg", "classifier", "box_reg", "mask")
-"""torchvision's, without "loss_": of the proposals, then of the heads."""
+"""torchvision's losses, without "loss_": those of the proposals, then those of the heads."""
 EPOCH_COLUMNS = {
     "train/loss": "loss {:.4f}",
     "val/box_ap": "box AP {:.2f} %",
@@ -57,35 +58,24 @@ HEADS = {
     "proposals": 1000,
     "rois_per_image": 512,
 }
-"""What `HeadsConfig` leaves open, unless the checkpoint says it."""
+"""Defaults of `HeadsConfig`, used unless the checkpoint gives other values."""
 MIN_SIZE = 640
 LAST_LAYERS = re.compile(r"roi_heads\..*(cls_score|bbox_pred|mask_fcn_logits)")
-"""Names of the weights whose outputs are categories'; those of the proposals' head, which knows none, stay."""
+"""Weights with outputs for each category. The proposals' head is not among them, as it knows no categories."""
 
 
 @dataclass(frozen=True)
 class DetectSummary(Summary):
-    """What a finished training of a detector has to say.
-
-    Attributes:
-        run: the run folder.
-        box_ap, box_ap50: of the best weights on the held-out images, in percent.
-        mask_ap, mask_ap50: likewise; None of a detector without masks.
-        num_params: of the detector.
-        images_per_second: one at a time, on the training device.
-        train_seconds: wall-clock time of the training loop.
-        train_images_per_second: training steps alone, in all processes, without loading images and evaluation; None if
-            they were not measured.
-    """
+    """The results of training a detector; scores are of the best weights on the held-out images, in percent."""
 
     box_ap: float
     box_ap50: float
-    mask_ap: float | None
+    mask_ap: float | None  # None for a detector without masks
     mask_ap50: float | None
     num_params: int
-    images_per_second: float
-    train_seconds: float
-    train_images_per_second: float | None
+    images_per_second: float  # one at a time, on the training device
+    train_seconds: float  # wall-clock time of the training loop
+    train_images_per_second: float | None  # of the training steps alone; None if not measured
 
     def lines(self) -> list[tuple[str, str]]:
         lines = [("box AP", f"{self.box_ap:.2f} % on the held-out images (AP50 {self.box_ap50:.2f} %)")]
@@ -102,14 +92,7 @@ class DetectSummary(Summary):
 
 
 class DetectTask(Task):
-    """The task of finding objects.
-
-    Args:
-        model: the detector.
-        config: of the run.
-        info: its description.
-        truth: what is to be found in the held-out images.
-    """
+    """A detector in training; ``truth`` holds the objects to find in the held-out images."""
 
     model: Detector
     config: DetectConfig
@@ -138,7 +121,7 @@ class DetectTask(Task):
 
     def validation_step(self, batch: tuple[list[Tensor], list[Target]], batch_idx: int) -> None:
         for prefix, network in self.networks.items():
-            for image, target in zip(*batch, strict=True):  # alone, as DetectPredictor has it
+            for image, target in zip(*batch, strict=True):  # one at a time, as DetectPredictor does
                 [output] = network.forward([image])
                 self.found[prefix] += coco_results(output, target["image_id"], self.category_ids)
 
@@ -150,15 +133,15 @@ class DetectTask(Task):
         super().on_validation_epoch_end()
 
     def _score(self, found: list[Result]) -> dict[str, float]:
-        """The scores of what all processes have found."""
+        """The scores of what all processes have found, computed by the first one."""
         if self.trainer.world_size > 1:
             parts: Any = [None] * self.trainer.world_size
             torch.distributed.all_gather_object(parts, found)
             found = [result for part in parts for result in part]
         scores: dict[str, float] = {}
         if self.global_rank == 0:
-            for kind, of_kind in self.truth.score(found, self.has_masks).items():
-                scores |= {f"{kind}_{name}": of_kind.figures[name] or 0.0 for name in LOGGED}
+            kinds = self.truth.score(found, self.has_masks).items()
+            scores = {f"{kind}_{name}": of_kind.figures[name] or 0.0 for kind, of_kind in kinds for name in LOGGED}
         return self.trainer.strategy.broadcast(scores)
 
 
@@ -168,17 +151,13 @@ class DetectJob(Job[DetectConfig, DetectSummary]):
     monitor = "val/box_ap"
     score = "box AP"
     columns = EPOCH_COLUMNS
-
     curves = CURVES
     changes = "images or annotations have changed"
 
     def read_data(self, config: DetectConfig) -> DetectionData:
         data = load_detection_data(
             config.data,
-            train_annotations=config.train_annotations,
-            train_images_dir=config.train_images_dir,
-            val_annotations=config.val_annotations,
-            val_images_dir=config.val_images_dir,
+            **{name: getattr(config, name) for name in config.paths},
             train_images=config.train_images,
             use_masks=config.masks is not False,
             drop_empty=config.drop_empty,
@@ -192,17 +171,16 @@ class DetectJob(Job[DetectConfig, DetectSummary]):
 
     def set_up(self, model: Any, device: torch.device, past: dict[str, Any]) -> None:
         config, data = self.config, self.data
-        categories = dict(zip(data.category_ids, data.classes, strict=True))
-        self.truth = GroundTruth(data.val, categories)
+        self.truth = GroundTruth(data.val, dict(zip(data.category_ids, data.classes, strict=True)))
         if not any(self.truth.counts.values()):
             raise ValueError(f"{data.val_annotations}: there are no objects in the held-out images to score it on")
         self.task = DetectTask(model, config, self.info, self.truth)
-        augment = DetectionTransform(**asdict(config.augment))
-        train, val = DetectionDataset(data.train, augment), DetectionDataset(data.val)
+        train = DetectionDataset(data.train, DetectionTransform(**asdict(config.augment)))
+        val = DetectionDataset(data.val)
         self.loaders = make_loaders(
             config, device, [train], len(data.train), val, len(data.val), collate=collate, val_batch_size=1
         )
-        self.sources = _Paths(data)
+        self.sources = data.train
         what = "boxes and masks" if data.has_masks else "boxes"
         self.about = (
             f"{data.name}: {what} of {len(data.classes)} categor{'y' if len(data.classes) == 1 else 'ies'} in "
@@ -211,9 +189,8 @@ class DetectJob(Job[DetectConfig, DetectSummary]):
 
     def resolved(self) -> dict[str, Any]:
         config, task_args = self.config, self.info.task_args
-        paths = ("train_annotations", "train_images_dir", "val_annotations", "val_images_dir")
         return {
-            **{name: absolute(getattr(config, name)) for name in paths},
+            **{name: absolute(getattr(config, name)) for name in config.paths},
             "masks": task_args["masks"],
             "min_size": list(task_args["min_size"]),
             "max_size": task_args["max_size"],
@@ -221,35 +198,20 @@ class DetectJob(Job[DetectConfig, DetectSummary]):
         }
 
     def report(self, run: Path, speed: Speed) -> DetectSummary:
-        config, data = self.config, self.data
-        predictor = DetectPredictor.load(run, config.device)
-        evaluation = evaluate_detector(predictor, data.val, self.truth, num_workers=config.num_workers or 0)
-        write_detection_report(evaluation, data.val, run)
-        scores = evaluation.scores
-        mask = scores["mask"].figures if "mask" in scores else {}
+        predictor = DetectPredictor.load(run, self.config.device)
+        evaluation = evaluate_detector(predictor, self.data.val, self.truth, num_workers=self.config.num_workers or 0)
+        write_detection_report(evaluation, self.data.val, run)
+        metrics = evaluation.metrics()
         return DetectSummary(
             run=str(run),
-            box_ap=scores["box"].figures["ap"] or 0.0,
-            box_ap50=scores["box"].figures["ap50"] or 0.0,
-            mask_ap=mask.get("ap"),
-            mask_ap50=mask.get("ap50"),
+            box_ap=metrics["box_ap"] or 0.0,
+            box_ap50=metrics["box_ap50"] or 0.0,
+            mask_ap=metrics.get("mask_ap"),
+            mask_ap50=metrics.get("mask_ap50"),
             num_params=sum(p.numel() for p in predictor.model.parameters()),
             images_per_second=round(evaluation.images_per_second, 2),
             **speed.summary(),
         )
-
-
-class _Paths(Sequence[Path]):
-    """Files of the training images, made when they are asked for."""
-
-    def __init__(self, data: DetectionData) -> None:
-        self.samples = data.train
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def __getitem__(self, index: Any) -> Any:
-        return self.samples.path(index)
 
 
 def build_detector(config: DetectConfig, data: DetectionData) -> tuple[Any, ModelInfo]:
@@ -267,8 +229,7 @@ def build_detector(config: DetectConfig, data: DetectionData) -> tuple[Any, Mode
     task_args = _task_args(config, data, known, normalisation(name, source))
     detector: Any = build(name, model_args, task_args)
     if source is not None and known:
-        same = (known["category_ids"], source.classes) == (list(data.category_ids), list(data.classes))
-        _load_detector(config, detector, weights, source, None if same else data)
+        _load_detector(config, detector, weights, source, data)
     elif source is not None:
         try:
             load_backbone(detector.backbone, weights)
@@ -279,7 +240,7 @@ def build_detector(config: DetectConfig, data: DetectionData) -> tuple[Any, Mode
 
 
 def _check_source(config: DetectConfig, source: ModelInfo) -> None:
-    """ValueError unless a checkpoint can be started from."""
+    """ValueError unless training can start from the checkpoint that ``source`` describes."""
     if source.task not in ("classify", "detect"):
         raise ValueError(f"{config.checkpoint}: trained to {source.task}; a classifier or detector is needed")
     check_model(config, source)
@@ -291,7 +252,7 @@ def _check_source(config: DetectConfig, source: ModelInfo) -> None:
 def _task_args(
     config: DetectConfig, data: DetectionData, known: Mapping[str, Any], normalisation: dict[str, list[float]]
 ) -> dict[str, Any]:
-    """What the detector is built with: as the options say, else as in the checkpoint, else the defaults."""
+    """The arguments of the detector: from the options, else from the checkpoint (``known``), else the defaults."""
     chosen = {name: value for name, value in asdict(config.heads).items() if value is not None}
     heads = {name: chosen.get(name, known.get(name, default)) for name, default in HEADS.items()}
     min_size = sorted(config.min_size) or known.get("min_size", [MIN_SIZE])
@@ -301,29 +262,18 @@ def _task_args(
 
 
 def _load_detector(
-    config: DetectConfig,
-    detector: nn.Module,
-    weights: dict[str, Tensor],
-    source: ModelInfo,
-    others: DetectionData | None,
+    config: DetectConfig, detector: nn.Module, weights: dict[str, Tensor], source: ModelInfo, data: DetectionData
 ) -> None:
-    """Take over what fits of another detector.
-
-    Args:
-        config: of the run.
-        detector: to fill.
-        weights: of the other one.
-        source: its description.
-        others: data of other categories than its own, for which the last layers start anew.
+    """Load those ``weights`` of another detector that fit; if it knows other categories, the last layers start anew.
 
     Raises:
-        ValueError: not even the network fits.
+        ValueError: not even the weights of the network fit.
     """
+    others = (source.task_args["category_ids"], source.classes) != (list(data.category_ids), list(data.classes))
     own = detector.state_dict()
+    last = {name for name in own if others and LAST_LAYERS.match(name)}
     fitting = {
-        name: tensor
-        for name, tensor in weights.items()
-        if name in own and own[name].shape == tensor.shape and not (others and LAST_LAYERS.match(name))
+        name: t for name, t in weights.items() if name in own and own[name].shape == t.shape and name not in last
     }
     anew = [name for name in own if name not in fitting]
     if wrong := [name for name in anew if name.startswith(BODY)]:
@@ -332,8 +282,7 @@ def _load_detector(
     if others:
         console.say(
             f"{config.checkpoint} finds other categories ({some(source.classes)}): the last layers start anew for "
-            f"{some(others.classes)}"
+            f"{some(data.classes)}"
         )
-    parts = dict.fromkeys(name.rpartition(".")[0] for name in anew if not (others and LAST_LAYERS.match(name)))
-    if parts:
+    if parts := dict.fromkeys(name.rpartition(".")[0] for name in anew if name not in last):
         console.say(f"not in {config.checkpoint}, so they start anew: {some(list(parts))}")

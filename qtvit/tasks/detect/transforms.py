@@ -1,4 +1,4 @@
-"""Augmentation of images with boxes and masks."""
+"""Augmentation of images together with their boxes and masks."""
 
 import math
 from typing import Any
@@ -13,18 +13,19 @@ from .data import Target
 
 
 class DetectionTransform:
-    """uint8 ``tv_tensors.Image`` and `Target` -> the same, distorted, flipped, cropped or padded.
+    """Distorts, flips and crops or pads a uint8 ``tv_tensors.Image`` and its `Target`.
 
-    Made of torchvision's v2 transforms. Objects of which nothing is left are dropped. Random numbers come from torch's
-    global generator. The image is not resized: the detector does this, to a short side that it may draw anew each time.
+    It consists of torchvision's v2 transforms. Objects of which nothing is left are dropped. Random numbers come from
+    torch's global generator. The image is not resized here: the detector does that, in training to a random one of its
+    sizes.
 
     Args:
         hflip: probability of a horizontal flip.
         photometric: probability of each of SSD's changes of brightness, contrast, saturation, hue and channels.
-        zoom: smallest and largest factor that objects grow by, relative to the image. See `RandomZoom`.
+        zoom: smallest and largest factor by which objects grow, relative to the image; see `RandomZoom`.
 
     Raises:
-        ValueError: a probability that is not from 0 to 1, or factors that are not above 0 or out of order.
+        ValueError: a probability is not from 0 to 1, or the factors are not above 0 or not in order.
     """
 
     def __init__(self, *, hflip: float = 0.5, photometric: float = 0.0, zoom: tuple[float, float] = (1.0, 1.0)) -> None:
@@ -47,13 +48,13 @@ class DetectionTransform:
 
 
 class RandomZoom(v2.Transform):
-    """Scale jitter for detectors, which resize each image to a short side of their own.
+    """Scale jitter for detectors, which resize every image to a given shorter side anyway.
 
-    So that objects become larger or smaller by a factor for the network, a random part of the image is cut out, or a
-    frame of the mean colour is added; no pixel is interpolated twice. Factors are drawn evenly on a logarithmic scale.
+    To make objects larger by a factor, a random part of the image is cut out; to make them smaller, a frame of the mean
+    colour is added. So no pixel is interpolated twice. The logarithm of the factor is uniformly distributed.
 
     Args:
-        smallest, largest: factors; 1 leaves the image as it is.
+        smallest, largest: range of the factor; 1 leaves the image as it is.
     """
 
     def __init__(self, smallest: float, largest: float) -> None:
@@ -62,20 +63,16 @@ class RandomZoom(v2.Transform):
         self.largest = largest
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
-        """Where the new image begins in the old one, and its size."""
+        """Position and size of the new image, in pixels of the old one."""
         height, width = tvf.get_size(next(x for x in flat_inputs if isinstance(x, tv_tensors.Image)))
         power, down, right = torch.rand(3).tolist()
         factor = math.exp(math.log(self.smallest) + power * math.log(self.largest / self.smallest))
         new_height, new_width = (max(round(side / factor), 1) for side in (height, width))
-        return {
-            "top": math.floor(down * (height - new_height) + 0.5),
-            "left": math.floor(right * (width - new_width) + 0.5),
-            "height": new_height,
-            "width": new_width,
-        }
+        top, left = math.floor(down * (height - new_height) + 0.5), math.floor(right * (width - new_width) + 0.5)
+        return {"top": top, "left": left, "height": new_height, "width": new_width}
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
-        """Crop, with the image's content or the frame."""
+        """Crop; where the new image reaches beyond the old one, it is padded."""
         if not isinstance(inpt, tv_tensors.Image):
             return self._call_kernel(tvf.crop, inpt, **params)
         top, left, height, width = (params[key] for key in ("top", "left", "height", "width"))

@@ -1,4 +1,4 @@
-"""The classes of a segmentation data set: from a file, of ADE20K, or those that its masks have."""
+"""The classes of a segmentation data set: from a file, ADE20K's, or those found in the masks."""
 
 import re
 from collections import Counter
@@ -18,20 +18,20 @@ CLASS_FILES = ("classes.txt", "classes.yaml", "classes.yml")
 
 ADE20K_CLASSES = 150
 ADE20K_NAMES = "objectInfo150.txt"
-"""The list of names that is part of ADE20K."""
+"""The list of class names that is part of ADE20K."""
 
 MAX_FOUND = 256
-"""Classes that are taken from the masks; more different values than that are noise."""
+"""Largest number of classes that are found in masks; more different values are noise."""
 
 _KEYS = ("names", "colors", "ignore", "ignore_colors")
 
 
 def find_class_file(root: Path, classes: str | None) -> Path | None:
-    """The file that lists the classes: ``classes`` if it is given, else one of `CLASS_FILES` in ``root``, if any.
+    """The file that lists the classes: ``classes`` if given, else one of `CLASS_FILES` in ``root``, else None.
 
     Raises:
-        FileNotFoundError: ``classes`` is not there.
-        ValueError: there are several.
+        FileNotFoundError: ``classes`` does not exist.
+        ValueError: ``root`` has several such files.
     """
     if classes is not None:
         if not Path(classes).is_file():
@@ -47,7 +47,7 @@ def read_class_file(path: Path, ignore_index: int = 255) -> MaskClasses:
     """The classes in a text or YAML file; docs/segmentation.md shows both.
 
     Raises:
-        ValueError: what is wrong, with the file and the line or key.
+        ValueError: something is wrong; the message names the file and the line or key.
     """
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -60,7 +60,7 @@ def read_class_file(path: Path, ignore_index: int = 255) -> MaskClasses:
 
 
 def ade20k_classes(root: Path, ignore_index: int = 255) -> MaskClasses:
-    """Values 1 to 150, 0 for what is of no class; with names if ``root`` has ADE20K's own list of them."""
+    """ADE20K's classes: values 1 to 150, and 0 for pixels without a class; named if ``root`` has ADE20K's list."""
     names = {value: str(value) for value in range(1, ADE20K_CLASSES + 1)}
     if (root / ADE20K_NAMES).is_file():
         for line in (root / ADE20K_NAMES).read_text(encoding="utf-8").splitlines():
@@ -68,16 +68,16 @@ def ade20k_classes(root: Path, ignore_index: int = 255) -> MaskClasses:
             if len(fields) > 1 and fields[0].strip().isdigit() and int(fields[0]) in names:
                 names[int(fields[0])] = fields[-1].strip()
     count = Counter(names.values())
-    names = {value: name if count[name] == 1 else f"{name} ({value})" for value, name in names.items()}
+    names = {value: name if count[name] == 1 else f"{name} ({value})" for value, name in names.items()}  # made distinct
     ignored = (0, *_default_ignored(ignore_index, (0, *names)))
     return MaskClasses(tuple(names.values()), tuple(names), ignored, ignore_index=ignore_index)
 
 
 def found_classes(root: Path, masks: Iterable[ValueCounts], ignore_index: int = 255) -> MaskClasses:
-    """The values, or colours, that the masks of ``root`` have, in ascending order; each is a class named after itself.
+    """The values or colours that the masks of ``root`` have, in ascending order; each is a class named after itself.
 
     Raises:
-        ValueError: these are colours and values, too many, or fewer than two.
+        ValueError: there are both colours and values, too many of them, or fewer than two.
     """
     found: dict[bool, set[int]] = {True: set(), False: set()}
     for counts in masks:
@@ -89,7 +89,7 @@ def found_classes(root: Path, masks: Iterable[ValueCounts], ignore_index: int = 
             f"{root}: has both colour masks and index masks; list the classes in classes.txt, with colours"
         )
     color = bool(found[True])
-    ignored = () if color else tuple(sorted(found[False] & {ignore_index}))
+    ignored = () if color else tuple(found[False] & {ignore_index})
     values = sorted((found[True] | found[False]) - set(ignored))
     what = "colours" if color else "values"
     if len(values) > MAX_FOUND:
@@ -98,11 +98,10 @@ def found_classes(root: Path, masks: Iterable[ValueCounts], ignore_index: int = 
             "interpolation; list the classes in classes.txt" + ", with colours" * color
         )
     if len(values) < 2:
-        only = f"value {values[0]}" if values else "no value"
-        hint = (
-            f" besides {ignore_index}, which is ignored (give another ignore_index if it is a class)" if ignored else ""
-        )
-        raise ValueError(f"{root}: the masks have {only} only{hint}; two classes are needed")
+        only = f"{f'value {values[0]}' if values else 'no value'} only"
+        if ignored:
+            only += f" besides {ignore_index}, which is ignored (give another ignore_index if it is a class)"
+        raise ValueError(f"{root}: the masks have {only}; two classes are needed")
     if not color:
         return MaskClasses(tuple(map(str, values)), tuple(values), ignored, ignore_index=ignore_index)
     colors = tuple(map(key_color, values))
@@ -116,21 +115,20 @@ def _from_text(text: str, ignore_index: int) -> MaskClasses:
     for number, line in enumerate(text.splitlines(), start=1):
         if not line.strip():
             continue
+        shown = f"line {number}: {line.strip()!r}"
         name, colon, rest = line.rpartition(":")
         if colon and re.search(r"\d", rest):
             if (color := parse_color(rest)) is None:
-                raise ValueError(
-                    f"line {number}: {line.strip()!r}; expected NAME or NAME: RED GREEN BLUE, each 0 to 255"
-                )
+                raise ValueError(f"{shown}; expected NAME or NAME: RED GREEN BLUE, each 0 to 255")
             if len(colors) < len(names):
-                raise ValueError(f"line {number}: {line.strip()!r} is the first with a colour; give all or none")
+                raise ValueError(f"{shown} is the first with a colour; give all or none")
             colors.append(color)
+        elif colors:
+            raise ValueError(f"{shown} has no colour, and others have")
         else:
             name = line
         names.append(name.strip())
-        if colors and len(colors) < len(names):
-            raise ValueError(f"line {number}: {line.strip()!r} has no colour, and others have")
-    return _build(names, range(len(names)), None, colors, (), ignore_index)
+    return _build(names, range(len(names)), None, colors, [], ignore_index)
 
 
 def _from_yaml(text: str, ignore_index: int) -> MaskClasses:
@@ -159,51 +157,35 @@ def _from_yaml(text: str, ignore_index: int) -> MaskClasses:
     ignore = content.get("ignore")
     if ignore is not None and not (isinstance(ignore, list) and all(isinstance(value, int) for value in ignore)):
         raise ValueError(f"ignore: expected a list of mask values, got {ignore!r}")
-    return _build(
-        ordered,
-        list(names),
-        ignore,
-        _color_list(colors, "colors"),
-        _color_list(content.get("ignore_colors"), "ignore_colors"),
-        ignore_index,
-    )
+    colors, ignored = _color_list(colors, "colors"), _color_list(content.get("ignore_colors"), "ignore_colors")
+    return _build(ordered, list(names), ignore, colors, ignored, ignore_index)
 
 
 def _color_list(colors: Any, key: str) -> list[Color]:
-    if colors is None:
-        return []
-    if not isinstance(colors, list):
+    if not isinstance(colors, (list, type(None))):
         raise ValueError(f"{key}: expected a list of colours, got {colors!r}")
     parsed = []
-    for color in colors:
-        text = " ".join(map(str, color)) if isinstance(color, list) else ""
-        if (rgb := parse_color(text)) is None:
+    for color in colors or ():
+        if (rgb := parse_color(" ".join(map(str, color)) if isinstance(color, list) else "")) is None:
             raise ValueError(f"{key}: {color!r} is no colour; expected such as [128, 64, 0]")
         parsed.append(rgb)
     return parsed
 
 
 def _build(
-    names: Sequence[str],
+    names: list[str],
     values: Sequence[int],
-    ignored: Sequence[int] | None,
-    colors: Sequence[Color],
-    ignored_colors: Sequence[Color],
+    ignored: list[int] | None,
+    colors: list[Color],
+    ignored_colors: list[Color],
     ignore_index: int,
 ) -> MaskClasses:
+    """The classes that a file lists; ``ignored`` is None if it does not say which values are ignored."""
     if colors and len(colors) != len(names):
         raise ValueError(f"{len(colors)} colours for {len(names)} classes")
-    if ignored is None:
-        ignored = _default_ignored(ignore_index, values)
-    return MaskClasses(
-        tuple(names),
-        tuple(values),
-        tuple(ignored),
-        tuple(colors),
-        tuple(ignored_colors),
-        by_color=bool(colors),
-        ignore_index=ignore_index,
-    )
+    void = _default_ignored(ignore_index, values) if ignored is None else tuple(ignored)
+    given = tuple(names), tuple(values), void, tuple(colors), tuple(ignored_colors)
+    return MaskClasses(*given, by_color=bool(colors), ignore_index=ignore_index)
 
 
 def _default_ignored(ignore_index: int, values: Sequence[int]) -> tuple[int, ...]:

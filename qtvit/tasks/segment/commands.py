@@ -1,4 +1,4 @@
-"""What the command line asks and says about segmenters."""
+"""What the command line asks and prints for segmenters."""
 
 import argparse
 from collections.abc import Callable, Iterator, Sequence
@@ -18,13 +18,13 @@ VIEWS = (
     Option("--scales", "average over several sizes, relative to the usual: 0.5,1,1.5", "1", {"metavar": "LIST"}),
     Option("--img-size", "shorter side to see images at; 0 for their own", None, {"type": int, "metavar": "PX"}),
 )
-"""How a segmenter looks at images."""
+"""The options for how images are presented to a segmenter."""
 NUM_SHOWN = 5
-"""Classes of an image that are printed."""
+"""Number of an image's classes that are printed."""
 
 
 class SegmentCommands(TaskCommands):
-    """Classes of pixels."""
+    """The part of the commands that is about classes of pixels."""
 
     noun = "segmenter"
     sheet_side = 320
@@ -86,8 +86,7 @@ and with the model just trained:
         return run
 
     def iter_predict(self, args: argparse.Namespace, predictor: Any, files: Sequence[Path]) -> Iterator[Any]:
-        found: Iterator[Any] = predictor.iter_predict(files, _views(args), skip_broken=args.on_bad_image == "skip")
-        return found
+        return predictor.iter_predict(files, _views(args), skip_broken=args.on_bad_image == "skip")
 
     def line(self, prediction: Any, predictor: Any) -> str:
         from qtvit.console import shorten
@@ -110,7 +109,7 @@ and with the model just trained:
 
 
 def _views(args: argparse.Namespace) -> Any:
-    """The options `VIEWS`, as the predictor takes them."""
+    """The options `VIEWS` as the predictor takes them."""
     from .predict import Views
 
     try:

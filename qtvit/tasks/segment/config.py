@@ -1,4 +1,4 @@
-"""What the training of a segmenter takes besides what all tasks do."""
+"""The settings of a segmenter's training, besides those of every training."""
 
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
@@ -14,11 +14,11 @@ class LossConfig:
     """Loss of each pixel's class; ignored pixels count in none of its parts.
 
     Args:
-        kind: ce, cross-entropy of all pixels, or ohem, of those alone that are hard.
+        kind: ce, the cross-entropy of all pixels, or ohem, that of hard pixels alone.
         ohem_threshold: a pixel is hard if its class has a lower probability.
-        ohem_min_kept: part of a crop's pixels that counts as hard at least.
+        ohem_min_kept: smallest part of a crop's pixels that counts as hard.
         dice: weight of the Dice loss that is added; 0 for none.
-        class_weights: balanced to weigh the cross-entropy of each class by the inverse of its number of training
+        class_weights: balanced to weight the cross-entropy of each class by the inverse of its number of training
             pixels, or a number for each class.
         aux: weight of the auxiliary head's loss.
     """
@@ -34,11 +34,10 @@ class LossConfig:
         for name in ("dice", "aux"):
             require(getattr(self, name) >= 0, f"loss.{name}", getattr(self, name), "0 or more")
         for name in ("ohem_threshold", "ohem_min_kept"):
-            value = getattr(self, name)
-            require(0 < value <= 1, f"loss.{name}", value, "above 0, at most 1")
-        if isinstance(self.class_weights, list):
-            valid = all(weight >= 0 for weight in self.class_weights) and any(self.class_weights)
-            require(valid, "loss.class_weights", self.class_weights, "numbers from 0 on, not all 0")
+            require(0 < getattr(self, name) <= 1, f"loss.{name}", getattr(self, name), "above 0, at most 1")
+        if isinstance(weights := self.class_weights, list):
+            valid = all(weight >= 0 for weight in weights) and any(weights)
+            require(valid, "loss.class_weights", weights, "numbers from 0 on, not all 0")
 
 
 @dataclass
@@ -46,10 +45,10 @@ class SegmentAugment:
     """Augmentation of training images (torchvision's transforms).
 
     Args:
-        scale: smallest and largest factor that an image is resized by, from its size in evaluation.
+        scale: smallest and largest factor by which an image is resized, relative to its size in evaluation.
         hflip: probability of a horizontal flip.
         photometric: change brightness, contrast, saturation and hue, each in half of the images.
-        cat_max_ratio: crops of which one class covers more than this part are drawn again, a few times; 1 takes all.
+        cat_max_ratio: crops in which one class covers more than this part are drawn again, a few times; 1 accepts all.
     """
 
     scale: tuple[float, float] = (0.5, 2.0)
@@ -69,19 +68,19 @@ class SegmentConfig(TrainConfig):
 
     Args:
         data: folder of images and masks: train/images, train/masks, val/images and val/masks, or ADE20K's layout.
-        head: upernet, light for real time, or light_skip, which adds a finer map for sharper borders; default: the
+        head: upernet; light, for real time; or light_skip, which adds a finer map for sharper borders; default: the
             checkpoint's, else upernet.
-        head_channels: of the head's maps; default: the checkpoint's, else 512 for upernet, those of the finest map that
-            is summed for the light ones.
+        head_channels: channels of the head's maps; default: the checkpoint's, else 512 for upernet, and for the light
+            heads those of the finest map that is summed.
         crop_size: side of the training crops, or HEIGHTxWIDTH such as 512x1024; also of sliding windows.
         img_size: shorter side, in pixels, that images are resized to (in training, before augment.scale); 0 for their
             own size; default: the shorter side of crop_size.
         window: evaluate with sliding windows of crop_size, not on whole images.
-        classes: file of class names and colours; default: classes.txt or classes.yaml in the folder, ADE20K's, or the
-            values that the masks have.
-        ignore_index: label of pixels of no class, and their value in index masks; -1 if there are none.
+        classes: file of class names and colours; default: classes.txt or classes.yaml in the folder, else ADE20K's,
+            else the values that the masks have.
+        ignore_index: label of pixels without a class, and their value in index masks; -1 if there are none.
         drop_rate: dropout of channels before the classifiers.
-        loss: what is minimised.
+        loss: the loss that training minimises.
         augment: augmentation of training images.
     """
 
@@ -114,5 +113,5 @@ class SegmentConfig(TrainConfig):
 
     @property
     def base_size(self) -> int | None:
-        """The shorter side of images at scale 1; None for their own."""
+        """The shorter side of images at scale 1; None for each image's own."""
         return min(self.crop_shape()) if self.img_size is None else self.img_size or None

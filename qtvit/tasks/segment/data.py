@@ -26,22 +26,16 @@ SegmentationTransform = Callable[[Image.Image, Tensor], tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True)
 class SegmentationData:
-    """Images with masks in two splits.
+    """Images with masks in two splits."""
 
-    Attributes:
-        name: of the data.
-        mask_classes: the classes, and which values of the masks they have.
-        train, val: the splits.
-    """
-
-    name: str
-    mask_classes: MaskClasses
+    name: str  # of the data's folder
+    mask_classes: MaskClasses  # the classes, and their values in the masks
     train: list[SegmentationSample]
     val: list[SegmentationSample]
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """What the labels index."""
+        """The names of the classes, which labels index."""
         return self.mask_classes.names
 
     @property
@@ -51,11 +45,11 @@ class SegmentationData:
 
     @property
     def ignore_index(self) -> int:
-        """The label of pixels that are of no class."""
+        """The label of pixels without a class."""
         return self.mask_classes.ignore_index
 
     def digest(self) -> str:
-        """A hash of which images and masks are in which split and what the masks mean, wherever the folder is."""
+        """A hash of which images and masks are in which split and of what the masks mean, wherever the folder is."""
         meaning = self.mask_classes
         lines = [repr((meaning.names, meaning.values, meaning.ignored, meaning.ignore_index, meaning.by_color))]
         lines += [repr((meaning.colors, meaning.ignored_colors))] if meaning.by_color else []
@@ -67,7 +61,7 @@ class SegmentationData:
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
     def describe(self) -> list[str]:
-        """The classes and splits in words, for a person to see before training."""
+        """The classes and splits in words, to be shown before training."""
         meaning = self.mask_classes
         values = ", ".join(
             f"{name} ({'colour ' + format_color(color) if meaning.by_color else value})"
@@ -84,8 +78,8 @@ class SegmentationDataset(Dataset[tuple[Tensor, Tensor]]):
     """Samples read with `open_image` and `MaskClasses.read`, then transformed.
 
     Raises, when indexed:
-        FileNotFoundError, ValueError: a file cannot be read, the mask has values of no class, or another size than the
-            image; the message names the file.
+        FileNotFoundError, ValueError: a file cannot be read, or the mask has values that are of no class or another
+            size than the image; the message names the file.
     """
 
     def __init__(
@@ -102,7 +96,7 @@ class SegmentationDataset(Dataset[tuple[Tensor, Tensor]]):
         return self.transform(*self.read(index))
 
     def read(self, index: int) -> tuple[Image.Image, Tensor]:
-        """The image as it is, and its (H, W) int16 labels."""
+        """The image without transform, and its (H, W) int16 labels."""
         sample = self.samples[index]
         image = open_image(sample.image)
         labels = self.mask_classes.read(sample.mask)
@@ -117,19 +111,19 @@ def load_segmentation_data(
 ) -> SegmentationData:
     """Find the images and masks of a folder, and what the masks mean.
 
-    Layouts and files of classes are shown in docs/segmentation.md. Without such a file, and if it is not ADE20K, all
-    masks are read to find the classes.
+    Layouts and class files are shown in docs/segmentation.md. If there is no class file and the layout is not ADE20K's,
+    all masks are read to find the classes.
 
     Args:
         data: the folder.
-        classes: file of classes; None for classes.txt or classes.yaml in the folder, if there is one.
-        ignore_index: label of pixels that are of no class, and (unless the file of classes, or the layout, says
-            otherwise) their value in index masks; -1 if there are none.
-        train_images: train on that many of the training images, see `qtvit.data.split.choose_by_name`.
+        classes: class file; None for classes.txt or classes.yaml in the folder, if there is one.
+        ignore_index: label of pixels without a class and, unless the class file or the layout says otherwise, their
+            value in index masks; -1 if there are none.
+        train_images: number of training images to use, see `qtvit.data.split.choose_by_name`.
 
     Raises:
-        FileNotFoundError: there is no such folder or file of classes.
-        ValueError: there is a problem with the data (the first ones are named, and the command that lists all);
+        FileNotFoundError: the folder or the class file does not exist.
+        ValueError: there are problems with the data (the message has the first one, and the command that lists all), or
             ``train_images`` is not possible.
     """
     root = data_folder(data, sample="draw one: qtvit data scenes DIR --task segment")

@@ -1,4 +1,4 @@
-"""Pictures of segmentations: colours over the image, and a legend of what they are."""
+"""Pictures of segmentations: class colours over the image, and a legend."""
 
 from PIL import Image, ImageDraw
 
@@ -12,7 +12,7 @@ NAME_CHARS = 30
 
 
 def draw_segmentation(image: Image.Image, found: Segmentation) -> Image.Image:
-    """``image`` in its own size under the colours of its classes, above a legend with the share of each."""
+    """``image`` in its own size under the colours of its classes, above a legend with the share of each class."""
     size = max(SMALL, round(image.width / 60))
     letters = font(size)
     colors = dict(zip(found.names, found.mask_classes.colors, strict=True))

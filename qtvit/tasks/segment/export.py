@@ -1,4 +1,4 @@
-"""What a segmenter's exported file is made of and checked on."""
+"""Export of a segmenter, and what its file is checked on."""
 
 import dataclasses
 from typing import Any
@@ -17,11 +17,11 @@ from .evaluate import evaluate
 from .predict import SegmentPredictor, Views, mask_classes
 
 NUM_MASKS = 100
-"""Images with masks on which the mIoU is compared."""
+"""Number of images with masks on which the mIoU is compared."""
 
 
 class SegmentExporter(Exporter):
-    """The export of a segmenter, without its auxiliary head, which is for training alone."""
+    """The export of a segmenter without its auxiliary head, which only training needs."""
 
     dense = True
 
@@ -32,7 +32,7 @@ class SegmentExporter(Exporter):
 
     @property
     def preprocess(self) -> Preprocess:
-        """Images fill the size of the training crops."""
+        """Images are resized to the size of the training crops."""
         given = self.info.preprocess
         return Preprocess(tuple(given["size"]), 1.0, "bilinear", tuple(given["mean"]), tuple(given["std"]))
 
@@ -46,7 +46,7 @@ class SegmentExporter(Exporter):
         return images, None, f"{len(images)} {'calibration' if calibration else 'synthetic'} images"
 
     def score(self, predictor: Any, exported: Exported) -> tuple[str, tuple[float, float]]:
-        """mIoU of the network and of the file, both in windows if the file has to."""
+        """mIoU of the network and of the file, for both in windows if the file needs them."""
         loaded = load_segmentation_data(str(self.request.data), ignore_index=predictor.mask_classes.ignore_index)
         samples = [loaded.val[i] for i in chosen(len(loaded.val), NUM_MASKS)]
         views = Views(window=None if "hw" in self.request.axes else True)

@@ -1,4 +1,4 @@
-"""What a segmentation network is trained to make small; pixels that are of no class never count."""
+"""The loss of a segmentation network; pixels without a class never count."""
 
 import torch
 from torch import Tensor, nn
@@ -6,17 +6,18 @@ from torch.nn import functional as F
 
 
 class SegmentationLoss(nn.Module):
-    """Cross-entropy of pixels, and Dice loss if it has a weight.
+    """Cross-entropy of pixels, plus the Dice loss if it has a weight.
 
     Args:
         ignore_index: the label of pixels that do not count.
-        class_weights: (C,), of the pixels of each class; None for equal ones. Dice weighs classes equally by itself.
-        ohem: whether cross-entropy is of hard pixels only, see `hard_pixels`.
-        threshold, min_kept: of `hard_pixels`.
-        dice_weight: what the Dice loss is multiplied with before it is added.
+        class_weights: (C,) weights of the classes in the cross-entropy; None for equal ones. Dice weights classes
+            equally by itself.
+        ohem: whether the cross-entropy is of hard pixels only, see `hard_pixels`.
+        threshold, min_kept: arguments of `hard_pixels`.
+        dice_weight: factor of the Dice loss.
 
     Raises:
-        ValueError: weights that are negative or not finite, a threshold that is no probability, no pixel kept.
+        ValueError: weights are negative or not finite, the threshold is no probability, or no pixel is kept.
     """
 
     class_weights: Tensor | None
@@ -56,7 +57,7 @@ class SegmentationLoss(nn.Module):
         return loss + self.dice_weight * dice_loss(logits, labels, self.ignore_index) if self.dice_weight else loss
 
     def _cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """The mean over the pixels that count, by their weights."""
+        """The mean over the pixels that count, by the weights of their classes."""
         losses = F.cross_entropy(logits, labels, self.class_weights, ignore_index=self.ignore_index, reduction="none")
         counted = labels != self.ignore_index
         if self.ohem:
@@ -71,31 +72,23 @@ class SegmentationLoss(nn.Module):
 def hard_pixels(logits: Tensor, labels: Tensor, ignore_index: int, threshold: float, min_kept: int) -> Tensor:
     """(B, H, W), true for pixels whose own class has a probability below ``threshold``, or that are among the hardest.
 
-    Online hard example mining as in OCNet (Yuan and Wang, 2018): the hardest are ``min_kept`` pixels for each image
-    of the batch, or all that there are, drawn from the whole batch. Pixels as hard as the last of them are in too.
+    Online hard example mining as in OCNet (Yuan and Wang, 2018): the hardest are ``min_kept`` pixels per image of the
+    batch, or as many as there are, chosen from the whole batch; pixels as hard as the last of them are included.
     """
     counted = labels != ignore_index
-    own = torch.where(counted, labels, 0)[:, None]
-    probability = logits.softmax(1).gather(1, own)[:, 0]
+    probability = logits.softmax(1).gather(1, torch.where(counted, labels, 0)[:, None])[:, 0]
     candidates = probability[counted]
     num_kept = min(min_kept * len(labels), candidates.numel())
-    hard = candidates < threshold
-    if num_kept > hard.sum():
-        limit = candidates.sort().values[num_kept - 1]
-        return counted & (probability <= limit)
+    if num_kept > (candidates < threshold).sum():
+        return counted & (probability <= candidates.sort().values[num_kept - 1])
     return counted & (probability < threshold)
 
 
 def dice_loss(logits: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
-    """1 - 2 Σ p t / (Σ p + Σ t), the mean over the classes that the batch has; 0 if no pixel counts.
+    """1 - 2 Σ p t / (Σ p + Σ t), averaged over the classes that the batch has; 0 if no pixel counts.
 
-    p are the probabilities of a class and t its pixels, over the whole batch. As in V-Net (Milletari et al., 2016),
-    but for the squares in its denominator.
-
-    Args:
-        logits: (B, C, H, W).
-        labels: (B, H, W).
-        ignore_index: the label of pixels that do not count.
+    p are the probabilities of a class and t its pixels (0 or 1), over the whole batch. As in V-Net (Milletari et al.,
+    2016), except that its denominator has squares. Takes logits (B, C, H, W) and labels (B, H, W).
     """
     counted = labels != ignore_index
     own = torch.where(counted, labels, 0)
@@ -110,7 +103,7 @@ def dice_loss(logits: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
 
 
 def balanced_weights(num_pixels: Tensor) -> Tensor:
-    """(C,) weights for classes with (C,) ``num_pixels``, so that each counts the same in all, and a pixel 1 on average.
+    """(C,) weights for classes with (C,) ``num_pixels``: each class counts the same in total, and a pixel 1 on average.
 
     A class without pixels has weight 0.
     """

@@ -1,4 +1,4 @@
-"""Masks: pictures whose values say of which class each pixel is."""
+"""Masks: images whose values say which class each pixel has."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from qtvit.errors import some
 from .palette import Color, color_keys, default_palette, format_color, key_color
 
 MAX_VALUE = 65535
-"""Of an index mask: 16 bits."""
+"""Largest value of an index mask: 16 bits."""
 
 MAX_COUNTED = 1000
 """Values of a mask that a check keeps."""
@@ -23,7 +23,7 @@ NUM_SHOWN = 5
 """Values that a message lists."""
 
 LABEL = np.int16
-"""Of labels in memory."""
+"""Type of labels in memory."""
 
 _UNKNOWN = np.iinfo(LABEL).min
 _INDEX_MODES = ("1", "L", "P", "I", "I;16", "I;16B", "I;16L", "I;16N")
@@ -33,28 +33,20 @@ _INDEX_MODES = ("1", "L", "P", "I", "I;16", "I;16B", "I;16L", "I;16N")
 class MaskClasses:
     """What the values of masks mean.
 
-    An index mask has one channel, the value of each pixel's class; a colour mask has three, its colour.
-
-    Attributes:
-        names: C classes.
-        values: of the classes in index masks, in the order of ``names``.
-        ignored: values in index masks that are of no class.
-        colors: of the classes, to draw them, and with ``by_color`` to read colour masks.
-        ignored_colors: colours in colour masks that are of no class.
-        by_color: whether ``colors`` are what masks have.
-        ignore_index: the label of pixels that are of no class.
+    An index mask has one channel, which is the value of each pixel's class; a colour mask has three, which are its
+    colour.
 
     Raises:
-        ValueError: names, values or colours that are not distinct or not possible.
+        ValueError: names, values or colours are not distinct or not possible.
     """
 
-    names: tuple[str, ...]
-    values: tuple[int, ...]
-    ignored: tuple[int, ...] = ()
-    colors: tuple[Color, ...] = ()
-    ignored_colors: tuple[Color, ...] = ()
-    by_color: bool = False
-    ignore_index: int = 255
+    names: tuple[str, ...]  # C classes
+    values: tuple[int, ...]  # of the classes in index masks, in the order of names
+    ignored: tuple[int, ...] = ()  # values in index masks of pixels without a class
+    colors: tuple[Color, ...] = ()  # of the classes in pictures and, with by_color, in colour masks
+    ignored_colors: tuple[Color, ...] = ()  # colours in colour masks of pixels without a class
+    by_color: bool = False  # whether masks may be colour masks
+    ignore_index: int = 255  # the label of pixels without a class
 
     def __post_init__(self) -> None:
         if not self.colors:
@@ -67,10 +59,9 @@ class MaskClasses:
                 f"ignore_index {self.ignore_index} is the label of class {self.names[self.ignore_index]}; give one "
                 f"from {len(self.names)} on, or -1"
             )
-        if not _UNKNOWN < self.ignore_index <= np.iinfo(LABEL).max:
-            raise ValueError(
-                f"ignore_index must be from {_UNKNOWN + 1} to {np.iinfo(LABEL).max}, got {self.ignore_index}"
-            )
+        last = np.iinfo(LABEL).max
+        if not _UNKNOWN < self.ignore_index <= last:
+            raise ValueError(f"ignore_index must be from {_UNKNOWN + 1} to {last}, got {self.ignore_index}")
         if twice := _doubled(self.names):
             raise ValueError(f"two classes have the name {twice[0]}")
         if wrong := [value for value in (*self.values, *self.ignored) if not 0 <= value <= MAX_VALUE]:
@@ -81,11 +72,11 @@ class MaskClasses:
             raise ValueError(f"the colour {format_color(twice[0])} is given two meanings")
 
     def read(self, path: Path) -> np.ndarray:
-        """(H, W) labels from a mask's file.
+        """(H, W) labels from a mask file.
 
         Raises:
-            FileNotFoundError: there is none.
-            ValueError: it cannot be read, or has values that are of no class; the message names the file.
+            FileNotFoundError: the file does not exist.
+            ValueError: the mask cannot be read, or has values that are of no class; the message names the file.
         """
         mask = read_mask(path)
         labels = self._look_up(self.as_index(mask))
@@ -94,18 +85,18 @@ class MaskClasses:
         return labels
 
     def as_index(self, mask: np.ndarray) -> np.ndarray:
-        """An index mask that was saved with three equal channels as one of one channel; others as they are."""
-        return mask[..., 0] if mask.ndim == 3 and not self.by_color and is_grey(mask) else mask
+        """Reduce an index mask that was saved with three equal channels to one; return other masks as they are."""
+        return mask[..., 0] if mask.ndim == 3 and not self.by_color and (mask == mask[..., :1]).all() else mask
 
     def plain(self, counts: "ValueCounts") -> "ValueCounts":
-        """What `as_index` does, for the values of a mask."""
+        """The same as `as_index`, for the values of a mask."""
         if not counts.color or self.by_color or any(len(set(key_color(key))) > 1 for key in counts.pixels):
             return counts
         pixels = {key & 255: count for key, count in counts.pixels.items()}
         return ValueCounts(pixels, color=False, num_rare=counts.num_rare)
 
     def unknown(self, counts: "ValueCounts") -> str | None:
-        """What is wrong with these values of a mask: which are of no class, and how many pixels have them."""
+        """What is wrong with these values of a mask: which have no class, and how many pixels have them."""
         if counts.color and not self.by_color:
             return f"a colour mask, but there are no colours of the classes; its colours: {counts}"
         known = self._color_labels if counts.color else self._value_labels
@@ -113,14 +104,12 @@ class MaskClasses:
         if not rest:
             return None
         unknown = ValueCounts(rest, counts.color, counts.num_rare)
-        return (
-            f"colours that no class has: {unknown}; those to ignore go under ignore_colors in classes.yaml"
-            if counts.color
-            else f"values that no class has: {unknown}; {self._values()}"
-        )
+        if counts.color:
+            return f"colours that no class has: {unknown}; those to ignore go under ignore_colors in classes.yaml"
+        return f"values that no class has: {unknown}; {self._values()}"
 
     def label_counts(self, counts: "ValueCounts") -> np.ndarray:
-        """(C,) pixels of each class among these values of a mask; those of no class are left out."""
+        """(C,) pixels of each class among these values of a mask; pixels without a class do not count."""
         known = self._color_labels if counts.color else self._value_labels
         result = np.zeros(len(self.names), np.int64)
         for value, count in counts.pixels.items():
@@ -129,16 +118,15 @@ class MaskClasses:
         return result
 
     def paint(self, labels: np.ndarray) -> Image.Image:
-        """The colour mask of (H, W) labels; what is ignored has the first of the ignored colours, or is white."""
+        """The colour mask of (H, W) labels; ignored pixels get the first of the ignored colours, or white."""
         void = self.ignored_colors[0] if self.ignored_colors else (255, 255, 255)
-        palette = np.array([*self.colors, void], np.uint8)
-        return Image.fromarray(palette[self._checked(labels)])
+        return Image.fromarray(np.array([*self.colors, void], np.uint8)[self._checked(labels)])
 
     def index_image(self, labels: np.ndarray) -> Image.Image:
         """The index mask of (H, W) labels, with the values that `read` reads.
 
-        It has 8 bits and the classes' colours as its palette, or 16 bits if there are values above 255. What is
-        ignored has the first of the ignored values, or the highest there is.
+        It has 8 bits and the classes' colours as its palette, or 16 bits if there are values above 255. Ignored pixels
+        get the first of the ignored values, or the highest value that fits.
         """
         last = 255 if max((*self.values, *self.ignored[:1])) <= 255 else MAX_VALUE
         void = self.ignored[0] if self.ignored else last
@@ -152,10 +140,9 @@ class MaskClasses:
         return image
 
     def _checked(self, labels: np.ndarray) -> np.ndarray:
-        """Labels with C for what is ignored."""
-        num_classes = len(self.names)
-        positions = np.where(labels == self.ignore_index, num_classes, labels)
-        assert ((positions >= 0) & (positions <= num_classes)).all(), "labels that are no class"
+        """Labels with C in place of ``ignore_index``."""
+        positions = np.where(labels == self.ignore_index, len(self.names), labels)
+        assert ((positions >= 0) & (positions <= len(self.names))).all(), "labels that are no class"
         return positions
 
     def _look_up(self, mask: np.ndarray) -> np.ndarray:
@@ -171,8 +158,7 @@ class MaskClasses:
     @cached_property
     def _value_table(self) -> np.ndarray:
         table = np.full(MAX_VALUE + 1, _UNKNOWN, LABEL)
-        for value, label in self._value_labels.items():
-            table[value] = label
+        table[list(self._value_labels)] = list(self._value_labels.values())
         return table
 
     @cached_property
@@ -184,7 +170,7 @@ class MaskClasses:
         if not self.by_color:
             return {}
         keys = color_keys(np.array([*self.colors, *self.ignored_colors], np.uint8)).tolist()
-        return dict(zip(keys, [*range(len(self.names)), *[self.ignore_index] * len(self.ignored_colors)], strict=True))
+        return dict.fromkeys(keys, self.ignore_index) | dict(zip(keys, range(len(self.names)), strict=False))
 
     def _values(self) -> str:
         first, last = min(self.values), max(self.values)
@@ -195,17 +181,11 @@ class MaskClasses:
 
 @dataclass(frozen=True)
 class ValueCounts:
-    """How many pixels of a mask have which value.
+    """How many pixels of a mask have which value."""
 
-    Attributes:
-        pixels: by value, or by `color_keys` number.
-        color: whether it is of a colour mask.
-        num_rare: how many values are left out, as there are too many.
-    """
-
-    pixels: Mapping[int, int]
-    color: bool
-    num_rare: int = 0
+    pixels: Mapping[int, int]  # by value, or by colour as a number (`color_keys`)
+    color: bool  # whether the mask is a colour mask
+    num_rare: int = 0  # values that were left out because there are too many
 
     def __str__(self) -> str:
         shown = [f"{format_color(key_color(v)) if self.color else v} ({n:,} px)" for v, n in self._ranked()]
@@ -213,7 +193,7 @@ class ValueCounts:
         return ", ".join(shown[:NUM_SHOWN]) + (f" and {num_more:,} more" if num_more else "")
 
     def without_rare(self) -> "ValueCounts":
-        """The `MAX_COUNTED` most frequent values: noise has as many as there are pixels."""
+        """The `MAX_COUNTED` most frequent values alone, because a noisy mask may have as many values as pixels."""
         num_rare = max(len(self.pixels) - MAX_COUNTED, 0)
         return ValueCounts(dict(self._ranked()[:MAX_COUNTED]), self.color, num_rare) if num_rare else self
 
@@ -222,14 +202,13 @@ class ValueCounts:
 
 
 def read_mask(path: Path) -> np.ndarray:
-    """The values that are stored in a mask: (H, W) integers of an index mask, (H, W, 3) uint8 of a colour mask.
+    """The values stored in a mask: (H, W) integers of an index mask, (H, W, 3) uint8 of a colour mask.
 
-    Of a picture with a palette these are the indices. Neither EXIF rotation nor colour profiles are applied, and
-    transparency is left out.
+    For a palette image these are the indices. EXIF rotation, colour profiles and transparency are ignored.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it cannot be read as a mask, or is a JPEG; the message names it.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file cannot be read as a mask, or is a JPEG; the message names it.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such mask file")
@@ -249,16 +228,11 @@ def read_mask(path: Path) -> np.ndarray:
 
 
 JPEG_MASK = "a mask saved as JPEG, whose lossy compression invents values; make the masks anew as PNG"
-"""What is wrong with such a mask, whatever its name ends in."""
-
-
-def is_grey(mask: np.ndarray) -> bool:
-    """Whether the three channels of a colour mask are equal."""
-    return bool((mask[..., 0] == mask[..., 1]).all() and (mask[..., 1] == mask[..., 2]).all())
+"""The message about such a mask, whatever its file name ends in."""
 
 
 def count_values(mask: np.ndarray) -> ValueCounts:
-    """The values of a mask as `read_mask` returns it."""
+    """Count the values of a mask as `read_mask` returns it."""
     color = mask.ndim == 3
     flat = (color_keys(mask) if color else mask).ravel()
     if flat.dtype == np.uint8:
@@ -271,11 +245,10 @@ def count_values(mask: np.ndarray) -> ValueCounts:
 
 
 def index_colors(path: Path) -> dict[int, Color]:
-    """The palette of a picture by index; empty if it has none. The file has to be one that can be read."""
+    """The palette of an image by index; empty if it has none. The file must be readable."""
     with Image.open(path) as image:
-        palette = image.getpalette() if image.mode == "P" else None
-    channels = palette or []
-    return {i: (channels[3 * i], channels[3 * i + 1], channels[3 * i + 2]) for i in range(len(channels) // 3)}
+        channels = (image.getpalette() if image.mode == "P" else None) or []
+    return dict(enumerate(zip(channels[::3], channels[1::3], channels[2::3], strict=False)))
 
 
 def _doubled(items: Sequence) -> list:

@@ -1,4 +1,4 @@
-"""Scores of a segmentation network over all processes; `qtvit.tasks.segment.scores` works them out."""
+"""Counts a segmentation network's predictions over all processes; `qtvit.tasks.segment.scores` computes scores."""
 
 from collections.abc import Sequence
 
@@ -10,9 +10,9 @@ from .scores import SegmentationScores, count_confusion
 
 
 class SegmentationConfusion(Metric):
-    """Counts pixels, true class by predicted class, over images of any size; several processes add theirs up.
+    """Counts pixels, true class by predicted class, over images of any size and over all processes.
 
-    It takes predicted classes, not logits: these have to be resized to the mask's own size first, see
+    It takes predicted classes, not logits, which have to be resized to the mask's size first; see
     `qtvit.tasks.segment.predict.segment_pixels`.
 
     Args:
@@ -37,7 +37,7 @@ class SegmentationConfusion(Metric):
         self.num_images += len(labels) if labels.ndim == 3 else 1
 
     def compute(self) -> tuple[Tensor, Tensor]:
-        """The counts and the number of images, of all processes."""
+        """The counts and the number of images of all processes."""
         return self.confusion, self.num_images
 
     def scores(self, classes: Sequence[str]) -> SegmentationScores:

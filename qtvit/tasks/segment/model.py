@@ -1,4 +1,4 @@
-"""Semantic segmentation: a backbone, a head on the feature maps of its last stages, an auxiliary head for training.
+"""Semantic segmentation: a backbone, a head on the feature maps of its last stages, and an auxiliary head for training.
 
 Shapes: B batch, C channels, H x W image or feature map.
 """
@@ -23,15 +23,15 @@ POOL_BINS = (1, 2, 3, 6)
 
 
 def resize(x: Tensor, size: Sequence[int]) -> Tensor:
-    """Interpolate maps bilinearly to ``size`` (H, W); before and after, they cover the image from edge to edge."""
+    """Interpolate maps bilinearly to ``size`` (H, W); they cover the image from edge to edge before and after."""
     return F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=False)
 
 
 def average_bins(x: Tensor, bins: int) -> Tensor:
     """``torch.nn.functional.adaptive_avg_pool2d(x, bins)``: (B, C, H, W) -> (B, C, bins, bins).
 
-    PyTorch's own operation is exported with a fixed input size. This one is two products with matrices that are made
-    in the graph, so that exported files take images of any size. Sums run in fp32, even under autocast.
+    PyTorch's own operation is exported with a fixed input size. This one multiplies with two matrices that are made in
+    the graph, so that exported files take images of any size. Sums run in fp32, even under autocast.
     """
     with full_precision(x) as upcast:
         wide = upcast(x)
@@ -59,9 +59,8 @@ class PixelClassifier(nn.Sequential):
 
 
 class PyramidPooling(nn.Module):
-    """Fuses a feature map with its averages over grids of 1, 2, 3 and 6 bins a side.
-
-    (B, in_chans, H, W) -> (B, channels, H, W).
+    """Fuses a feature map with its averages over grids of `POOL_BINS` a side: (B, in_chans, H, W) -> (B, channels, H,
+    W).
 
     Raises:
         ValueError: in ``forward``, training on a batch of 1, whose average over the whole map BatchNorm cannot
@@ -114,10 +113,8 @@ class LightHead(nn.Module):
     """A head for real-time use, after EfficientViT-Seg's: feature maps summed at the finest size, then a few MBConvs.
 
     Args:
-        in_chans: channels of the feature maps, the finest first.
-        num_classes: number of logits per pixel.
+        in_chans, num_classes, drop_rate: as for `UPerHead`.
         channels: channels of the sum.
-        drop_rate: dropout before the classifier.
         depth: number of MBConvs.
     """
 
@@ -144,14 +141,11 @@ class LightHead(nn.Module):
 
 
 class LightSkipHead(LightHead):
-    """A `LightHead` whose output is added to a feature map of twice its size, for borders and small objects.
+    """A `LightHead` whose sum is added to a feature map of twice its size, for sharp borders and small objects.
 
     DeepLabv3+ (Chen et al., ECCV 2018) has such a skip connection from an early layer. Few layers follow it, because
-    they work on four times as many positions.
-
-    Args:
-        in_chans: channels of the finer feature map, then those of the others as for `LightHead`.
-        num_classes, channels, drop_rate, depth: as for `LightHead`.
+    they work on four times as many positions. ``in_chans`` starts with the channels of that finer map; the other
+    arguments are those of `LightHead`.
     """
 
     def __init__(
@@ -182,7 +176,7 @@ HEADS: dict[str, tuple[type[UPerHead | LightHead], int]] = {
     "light": (LightHead, 3),
     "light_skip": (LightSkipHead, 4),
 }
-"""Heads by name, each with the number of last stages whose feature maps it takes (all, if the backbone has fewer)."""
+"""Heads by name, with the number of last stages whose feature maps each takes (all, if the backbone has fewer)."""
 
 
 class Segmenter(OnBackbone, nn.Module):
@@ -197,12 +191,7 @@ class Segmenter(OnBackbone, nn.Module):
     """
 
     def __init__(
-        self,
-        backbone: Backbone,
-        head: nn.Module,
-        aux: nn.Module | None,
-        num_classes: int,
-        in_chans: int,
+        self, backbone: Backbone, head: nn.Module, aux: nn.Module | None, num_classes: int, in_chans: int
     ) -> None:
         super().__init__()
         self.backbone = backbone
@@ -217,7 +206,7 @@ class Segmenter(OnBackbone, nn.Module):
         Returns:
             In evaluation, (B, num_classes, H, W). In training, ``{"out": …, "aux": …}`` (the latter if there is an
             auxiliary head) at the heads' own resolutions: at full size, the logits of 16 images of 512 x 512 px for 150
-            classes take 2.5 GB, and a loss keeps several such tensors. The loss can `resize` them image by image.
+            classes take 2.5 GB, and a loss keeps several such tensors.
         """
         features = self.backbone(images)
         logits = self.head(features)
@@ -227,8 +216,9 @@ class Segmenter(OnBackbone, nn.Module):
 
 
 def build(name: str, model_args: Mapping[str, Any], task_args: Mapping[str, Any]) -> nn.Module:
-    """The segmenter that a model file describes: ``task_args`` are ``masks``, which says what the values in masks mean,
-    and the options of `build_segmenter`.
+    """The segmenter that a model file describes.
+
+    ``task_args`` are ``masks``, which says what the values in masks mean, and the options of `build_segmenter`.
     """
     heads = dict(task_args)
     return build_segmenter(name, num_classes=len(heads.pop("masks")["values"]), model_args=model_args, **heads)
@@ -254,15 +244,14 @@ def build_segmenter(
         model: name of the backbone, as for ``timm.create_model``.
         num_classes: number of logits per pixel.
         head: a name in `HEADS`.
-        aux: whether to add an auxiliary head, on the second-coarsest of the head's feature maps.
-        channels: channels of the head; None: 512 for UPerNet, and for a light head the channels of the finest feature
-            map that it sums.
+        aux: whether to add an auxiliary head on the second-coarsest of the head's feature maps.
+        channels: channels of the head; None: 512 for UPerNet, and for a light head those of the finest map that it
+            sums.
         drop_rate: dropout before the classifiers.
         model_args: arguments of the network for ``timm.create_model``; those of its classifier have no effect.
 
     Raises:
-        ValueError: unknown names, arguments that the model does not take, numbers below 1, or too few feature maps for
-            the head.
+        ValueError: unknown names, arguments that the model does not take, numbers below 1, or too few feature maps.
     """
     if head not in HEADS:
         raise unknown_name("head", head, HEADS)

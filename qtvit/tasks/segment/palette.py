@@ -1,4 +1,4 @@
-"""Colours of classes: a palette for any number of them, and colours as numbers."""
+"""Colours of classes: a palette for any number of them, and colours as numbers and as text."""
 
 import re
 
@@ -9,16 +9,14 @@ Color = tuple[int, int, int]
 
 
 def default_palette(num_classes: int) -> tuple[Color, ...]:
-    """That many different colours, the first black: those of PASCAL VOC, which go on beyond its 21 classes.
+    """The colours of PASCAL VOC, continued beyond its 21 classes: ``num_classes`` different ones, the first black.
 
     The bits of a class's number are dealt out to red, green and blue in turn, into the highest free bit of each.
     """
     colors = []
     for label in range(num_classes):
-        channels = [0, 0, 0]
-        for bit in range(24):
-            channels[bit % 3] |= (label >> bit & 1) << (7 - bit // 3)
-        colors.append((channels[0], channels[1], channels[2]))
+        red, green, blue = (sum((label >> 3 * i + channel & 1) << 7 - i for i in range(8)) for channel in range(3))
+        colors.append((red, green, blue))
     return tuple(colors)
 
 
@@ -29,19 +27,17 @@ def color_keys(colors: np.ndarray) -> np.ndarray:
 
 
 def key_color(key: int) -> Color:
-    """The colour that `color_keys` makes ``key`` of."""
+    """The colour of which `color_keys` makes ``key``."""
     return key >> 16, key >> 8 & 255, key & 255
 
 
 def parse_color(text: str) -> Color | None:
-    """The colour in "128 64 0"; None if there is none."""
+    """The colour in a text such as "128 64 0"; None if it is not a colour."""
     match = re.fullmatch(r"(\d{1,3})\s+(\d{1,3})\s+(\d{1,3})", text.strip())
-    if match is None:
-        return None
-    red, green, blue = map(int, match.groups())
+    red, green, blue = map(int, match.groups()) if match else (256, 256, 256)
     return (red, green, blue) if max(red, green, blue) <= 255 else None
 
 
 def format_color(color: Color) -> str:
-    """As `parse_color` reads it."""
+    """The text that `parse_color` reads."""
     return "{} {} {}".format(*color)

@@ -1,4 +1,4 @@
-"""From pictures to a class for each pixel."""
+"""From images to a class for each pixel."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -22,7 +22,7 @@ from .sliding import sliding_window
 from .transforms import SegmentationEvalTransform
 
 MAX_WHOLE = 1024 * 1024
-"""Pixels, as the network sees them, up to which an image is given to it whole unless windows are asked for."""
+"""Pixels, as the network sees them; a larger image is seen in windows unless that is ruled out."""
 
 Network = Callable[[Tensor], Tensor]
 """(B, 3, h, w) normalised pixels to (B, C, h, w) logits."""
@@ -30,11 +30,13 @@ Network = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Views:
-    """How an image is looked at.
+    """How an image is presented to the network.
+
+    By default (``window=None``) an image is seen in sliding windows if it has more than `MAX_WHOLE` pixels, or if the
+    model was trained to be evaluated in windows.
 
     Attributes:
-        window: sliding windows of the size of training crops; None: for images of more than `MAX_WHOLE` pixels, and
-            where the model was trained to be evaluated like that.
+        window: sliding windows of the size of training crops, or the whole image.
         flip: average with the mirrored image.
         scales: average over these sizes, relative to the usual one.
         img_size: shorter side that the image is resized to; 0 for its own; None for the model's.
@@ -54,30 +56,23 @@ class Views:
 
 @dataclass(frozen=True)
 class SegmentPreprocess:
-    """The evaluation protocol of a segmenter.
+    """The evaluation protocol of a segmenter."""
 
-    Attributes:
-        size: (H, W) of training crops and of sliding windows; an exported file of fixed size takes this one.
-        img_size: shorter side that images are resized to; None for their own.
-        window: whether images are seen in sliding windows.
-        mean, std: per channel, for pixels from 0 to 1.
-    """
-
-    size: tuple[int, int]
-    img_size: int | None
-    window: bool
-    mean: tuple[float, ...]
+    size: tuple[int, int]  # (H, W) of training crops, of sliding windows and of exported files with a fixed size
+    img_size: int | None  # shorter side that images are resized to; None for their own
+    window: bool  # whether images are seen in sliding windows
+    mean: tuple[float, ...]  # per channel, for pixels from 0 to 1
     std: tuple[float, ...]
 
     @classmethod
     def of(cls, info: ModelInfo) -> "SegmentPreprocess":
-        """That of a model."""
+        """The protocol of a model."""
         given = info.preprocess
         height, width = given["size"]
         return cls((height, width), given["img_size"], given["window"], tuple(given["mean"]), tuple(given["std"]))
 
     def transform(self) -> SegmentationEvalTransform:
-        """From pictures to pixels, in the pictures' own size; `segment_pixels` resizes."""
+        """The transform from images to pixels of the same size; `segment_pixels` does the resizing."""
         return SegmentationEvalTransform(mean=self.mean, std=self.std)
 
 
@@ -91,19 +86,19 @@ def segment_pixels(
     *,
     fixed: bool = False,
 ) -> Tensor:
-    """The best class of every pixel, (H, W), of (3, H, W) normalised pixels of an image in its own size.
+    """The most probable class of every pixel, (H, W), of an image's (3, H, W) normalised pixels in its own size.
 
-    The image, or each window, is resized for the network, and the logits back to its own pixels. With several views,
+    The image, or each window of it, is resized for the network, and the logits are resized back. With several views,
     probabilities are averaged.
 
     Args:
-        network: what scores pixels.
+        network: scores pixels.
         pixels: of the image.
-        num_classes: that ``network`` tells apart.
-        preprocess: the usual way to look at an image.
-        views: another way.
-        fixed: the network takes images of ``preprocess.size`` alone: the image is seen in windows, padded if it is
-            smaller.
+        num_classes: number of classes of ``network``.
+        preprocess: the usual way to present an image.
+        views: what to change about that.
+        fixed: whether the network takes images of ``preprocess.size`` alone. Then the image is seen in windows, padded
+            if it is smaller.
 
     Raises:
         ValueError: several scales for a network of a fixed size.
@@ -114,14 +109,19 @@ def segment_pixels(
     height, width = pixels.shape[-2:]
     img_size = preprocess.img_size if views.img_size is None else views.img_size
     ratio = img_size / min(height, width) if img_size else 1.0
-    window = preprocess.size if fixed or _in_windows(views, preprocess, height * width * ratio**2) else None
-    tile = (height, width) if window is None else (_scaled(window[0], 1 / ratio), _scaled(window[1], 1 / ratio))
+    windows = views.window
+    if windows is None:
+        windows = preprocess.window or height * width * ratio**2 > MAX_WHOLE
+    if fixed or windows:
+        height, width = (_scaled(side, 1 / ratio) for side in preprocess.size)
 
     def run(part: Tensor) -> Tensor:
         found = []
         for scale in views.scales:
-            size = window if fixed else tuple(_scaled(side, ratio * scale) for side in part.shape[-2:])
-            seen = part if size == part.shape[-2:] else _resize(part, size)
+            size: Any = preprocess.size if fixed else tuple(_scaled(side, ratio * scale) for side in part.shape[-2:])
+            seen = part
+            if size != part.shape[-2:]:
+                seen = F.interpolate(part, size=size, mode="bilinear", align_corners=False, antialias=True)
             found.append(network(seen))
             if views.flip:
                 found.append(network(seen.flip(-1)).flip(-1))
@@ -131,20 +131,11 @@ def segment_pixels(
         resized = (logits if logits.shape[-2:] == common else resize(logits, common) for logits in found)
         return torch.stack([logits.float().softmax(1) for logits in resized]).mean(0).log()
 
-    return sliding_window(run, pixels, num_classes, tile, fixed_size=fixed)[0]
-
-
-def _in_windows(views: Views, preprocess: SegmentPreprocess, num_pixels: float) -> bool:
-    """Whether an image of so many pixels, as the network sees it, is seen in windows."""
-    return views.window if views.window is not None else preprocess.window or num_pixels > MAX_WHOLE
+    return sliding_window(run, pixels, num_classes, (height, width), fixed_size=fixed)[0]
 
 
 def _scaled(side: int, factor: float) -> int:
     return max(round(side * factor), 1)
-
-
-def _resize(pixels: Tensor, size: Any) -> Tensor:
-    return F.interpolate(pixels, size=size, mode="bilinear", align_corners=False, antialias=True)
 
 
 @dataclass(frozen=True)
@@ -153,7 +144,7 @@ class Segmentation:
 
     Attributes:
         labels: (H, W) uint8 or int16, indices of `names`.
-        mask_classes: what they mean in masks: names, values and colours.
+        mask_classes: names of the classes, and their values and colours in masks.
     """
 
     labels: np.ndarray
@@ -161,17 +152,17 @@ class Segmentation:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The classes."""
+        """The names of the classes."""
         return self.mask_classes.names
 
     def shares(self) -> dict[str, float]:
-        """The part of the image that each class has, of those that are in it, the largest first."""
+        """The part of the image that each class covers, the largest first; classes that it does not show are absent."""
         counts = np.bincount(self.labels.ravel(), minlength=len(self.names))
         order = np.argsort(-counts, kind="stable")
         return {self.names[i]: float(counts[i] / self.labels.size) for i in order if counts[i]}
 
     def index_image(self) -> Image.Image:
-        """The mask, with the values that masks of the training data have."""
+        """The index mask, with the values of the training data's masks."""
         return self.mask_classes.index_image(self.labels)
 
     def color_image(self) -> Image.Image:
@@ -179,7 +170,7 @@ class Segmentation:
         return self.mask_classes.paint(self.labels)
 
     def overlay(self, image: Image.Image, opacity: float = 0.55) -> Image.Image:
-        """``image``, in the size of the labels, under the colours of the classes."""
+        """``image``, which has the size of the labels, under the colours of the classes."""
         return Image.blend(image, self.color_image(), opacity)
 
 
@@ -203,7 +194,7 @@ class SegmentPredictor(Predictor[Segmentation]):
     def iter_predict(
         self, images: Sequence[ImageSource], views: Views | None = None, *, skip_broken: bool = False
     ) -> Iterator[Any]:
-        """The classes of the pixels of each image, looked at as ``views`` say, a `Segmentation` at a time."""
+        """The `Segmentation` of each image, one at a time; ``views`` says how images are presented to the network."""
         label = partial(self._label, views=views or Views())
         return self._iterate(images, 1, skip_broken, lambda image: image, label)
 
@@ -219,7 +210,7 @@ class SegmentPredictor(Predictor[Segmentation]):
 
 
 def mask_classes(info: ModelInfo) -> MaskClasses:
-    """What the classes of a model are in masks."""
+    """What the classes of a model are in masks, from its ``task_args``."""
     fields: dict[str, Any] = dict(info.task_args["masks"])
     for name in ("values", "ignored"):
         fields[name] = tuple(fields[name])
@@ -229,7 +220,5 @@ def mask_classes(info: ModelInfo) -> MaskClasses:
 
 
 def mask_args(meaning: MaskClasses) -> dict[str, Any]:
-    """What `mask_classes` reads from ``task_args``."""
-    fields = asdict(meaning)
-    del fields["names"]
-    return fields
+    """The entry of ``task_args`` that `mask_classes` reads."""
+    return {name: value for name, value in asdict(meaning).items() if name != "names"}

@@ -3,8 +3,8 @@
 import csv
 import io
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, fields
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, astuple, fields
 from pathlib import Path
 
 from qtvit.console import shorten
@@ -26,23 +26,23 @@ def write_report(evaluation: Evaluation, folder: Path, about: Mapping[str, objec
     Args:
         evaluation: what to report.
         folder: to write into.
-        about: what else to say in scores.json.
+        about: further entries of scores.json.
     """
     scores = evaluation.scores
     write_text(folder / "scores.json", json.dumps(all_scores(scores, about), indent=2) + "\n")
-    table = io.StringIO()
-    writer = csv.DictWriter(table, [field.name for field in fields(RegionScores)], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(asdict(row) for row in scores.per_class())
-    write_text(folder / "per_class.csv", table.getvalue())
-    counts = io.StringIO()
-    rows = csv.writer(counts, lineterminator="\n")
-    rows.writerow(["true", *scores.classes])
-    rows.writerows([name, *row] for name, row in zip(scores.classes, scores.confusion.tolist(), strict=True))
-    write_text(folder / "confusion.csv", counts.getvalue())
+    header = [field.name for field in fields(RegionScores)]
+    _write_csv(folder / "per_class.csv", [header, *map(astuple, scores.per_class())])
+    counts = zip(scores.classes, scores.confusion.tolist(), strict=True)
+    _write_csv(folder / "confusion.csv", [["true", *scores.classes], *([name, *row] for name, row in counts)])
     title = f"mIoU {scores.mean_iou():.2f} %, {scores.num_images} images"
     draw_confusion(scores.confusion, scores.classes, title, folder / "confusion.png", unit="pixels")
     draw_predictions(evaluation, folder / "predictions.png")
+
+
+def _write_csv(path: Path, rows: Iterable[Sequence[object]]) -> None:
+    table = io.StringIO()
+    csv.writer(table, lineterminator="\n").writerows(rows)
+    write_text(path, table.getvalue())
 
 
 def all_scores(scores: SegmentationScores, about: Mapping[str, object] | None = None) -> dict[str, object]:
@@ -59,7 +59,7 @@ def headline(scores: SegmentationScores) -> str:
 
 
 def class_table(scores: SegmentationScores) -> list[str]:
-    """Lines of a table of the classes; of many, of those with the lowest IoU."""
+    """Lines of a table of the classes; if there are many, of those with the lowest IoU."""
     rows = scores.per_class()
     known = [row for row in rows if row.iou is not None]
     shown = rows if len(rows) <= MAX_ROWS else sorted(known, key=lambda row: row.iou or 0)[:NUM_WORST]
@@ -78,7 +78,7 @@ def class_table(scores: SegmentationScores) -> list[str]:
 
 
 def draw_predictions(evaluation: Evaluation, out: Path) -> None:
-    """A sheet of images, each beside its mask and what was predicted."""
+    """Draw a sheet of images, each beside its mask and its prediction."""
     meaning = evaluation.data_classes
     samples = [sample for sample, _ in evaluation.kept]
     dataset = SegmentationDataset(samples, meaning, SegmentationEvalTransform())

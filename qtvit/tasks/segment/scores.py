@@ -1,4 +1,4 @@
-"""Scores of a segmentation network, from the pixels of each class that were taken for each class."""
+"""Scores of a segmentation network, from the number of pixels of each class that were predicted as each class."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,42 +9,27 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class RegionScores:
-    """One class in a table; scores in percent.
-
-    Attributes:
-        label: name of the class.
-        num_pixels: that are of this class.
-        iou: intersection over union; None for a class that is neither in the masks nor predicted.
-        accuracy: the part of the pixels that is predicted as this class; None for a class without pixels.
-        precision: the part of what is predicted as this class that is of it; None if nothing is.
-        taken_for: the most frequent wrong prediction of its pixels, if there is one.
-        num_taken: how many pixels got it.
-    """
+    """One class as a row of a table; scores in percent."""
 
     label: str
-    num_pixels: int
-    iou: float | None
-    accuracy: float | None
-    precision: float | None
-    taken_for: str | None
-    num_taken: int
+    num_pixels: int  # of the class
+    iou: float | None  # intersection over union; None for a class that is neither in the masks nor predicted
+    accuracy: float | None  # part of the class's pixels that is predicted right; None for a class without pixels
+    precision: float | None  # part of the pixels predicted as the class that is of the class; None if there are none
+    taken_for: str | None  # the most frequent wrong prediction for the class's pixels
+    num_taken: int  # pixels with that prediction
 
 
 @dataclass(frozen=True)
 class SegmentationScores:
-    """What a network said of all pixels that are of a class.
+    """The scores of a network's predictions for all pixels that have a class.
 
-    Means are over the classes that have a score: a class that no mask has and that is never predicted has no IoU; one
-    that no mask has but that is predicted has the IoU 0, and no accuracy.
-
-    Attributes:
-        classes: C names.
-        confusion: (C, C) pixels, true class by predicted class.
-        num_images: that were scored.
+    Means are over the classes that have a score: a class that is in no mask and is never predicted has no IoU; one that
+    is in no mask but is predicted has the IoU 0, and no accuracy.
     """
 
-    classes: Sequence[str]
-    confusion: Tensor
+    classes: Sequence[str]  # C names
+    confusion: Tensor  # (C, C) pixels, true class by predicted class
     num_images: int
 
     def per_class(self) -> list[RegionScores]:
@@ -52,7 +37,7 @@ class SegmentationScores:
         counts = self.confusion
         right, pixels, predicted = counts.diagonal(), counts.sum(1), counts.sum(0)
         num_taken, taken_for = (counts - right.diag()).max(1)
-        columns = zip(
+        columns = (
             self.classes,
             pixels.tolist(),
             _percent(right, pixels + predicted - right),
@@ -60,24 +45,23 @@ class SegmentationScores:
             _percent(right, predicted),
             [self.classes[i] if n else None for i, n in zip(taken_for.tolist(), num_taken.tolist(), strict=True)],
             num_taken.tolist(),
-            strict=True,
         )
-        return [RegionScores(*row) for row in columns]
+        return [RegionScores(*row) for row in zip(*columns, strict=True)]
 
     def mean_iou(self) -> float:
         """mIoU in percent; 0 if nothing was scored."""
         return _mean([row.iou for row in self.per_class()])
 
     def mean_accuracy(self) -> float:
-        """mAcc in percent: the mean accuracy of the classes."""
+        """mAcc in percent: the mean of the classes' accuracies."""
         return _mean([row.accuracy for row in self.per_class()])
 
     def pixel_accuracy(self) -> float:
-        """aAcc: the percentage of all pixels that is predicted right."""
+        """aAcc: the percentage of all pixels that are predicted right."""
         return _percent(self.confusion.diagonal().sum()[None], self.confusion.sum()[None])[0] or 0.0
 
     def metrics(self) -> dict[str, float]:
-        """The scores in one number each: percentages, but for the numbers of images and pixels."""
+        """Mean IoU and accuracies in percent, and the numbers of images and pixels."""
         return {
             "miou": round(self.mean_iou(), 4),
             "macc": round(self.mean_accuracy(), 4),

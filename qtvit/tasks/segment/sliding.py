@@ -1,7 +1,7 @@
 """Segmentation of images of any size in bounded memory: in windows that blend into each other."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from itertools import pairwise
 
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 BAND = 16
-"""Rows of a window that are looked at together: few, so that they stay in the processor's cache."""
+"""Rows of a window that are processed together: few, so that they stay in the processor's cache."""
 
 
 @torch.inference_mode()
@@ -28,16 +28,16 @@ def sliding_window(
     averaged; the weight of a window falls linearly to its edges, and weights sum to 1 at each pixel. If one window
     covers the image, the result is that of the network on the whole image.
 
-    Of the logits, only those that a later window overlaps are kept: for C classes, a window as ``run`` returns it,
-    C·(overlapping rows)·W numbers and C·h·(overlapping columns). No tensor has C·H·W.
+    Logits are kept only where a later window overlaps: for C classes, the largest tensors are the logits of a window as
+    ``run`` returns them, C·(overlapping rows)·W numbers and C·h·(overlapping columns). No tensor has C·H·W numbers.
 
     Args:
-        run: (B, 3, h, w) -> (B, C, h', w') logits on the image's device. If they are not of the window's size, they
-            are resized to it; those as small as the network makes them take the least memory.
+        run: (B, 3, h, w) -> (B, C, h', w') logits on the image's device. Logits of another size than the window's are
+            resized to it; returning them as small as the network makes them takes the least memory.
         image: (3, H, W), normalised.
         num_classes: C.
-        window: (h, w) of the windows; smaller ones are used for smaller images, but see ``fixed_size``.
-        overlap: the part of a window that its neighbour sees too, at least; below 1.
+        window: (h, w) of the windows; smaller images get smaller windows, but see ``fixed_size``.
+        overlap: smallest part of a window that its neighbour sees too; below 1.
         fixed_size: whether ``run`` takes no other size than ``window``. Smaller images are then padded with 0 at the
             right and bottom.
 
@@ -58,25 +58,17 @@ def sliding_window(
     blend = _Blend(image, num_classes, size, overlap)
     for y in blend.tops:
         for x in blend.lefts:
-            blend.add(run(image[:, y : y + size[0], x : x + size[1]][None]), y, [x])
+            blend.add(run(image[None, :, y : y + size[0], x : x + size[1]]), y, x)
     return blend.labels[:height, :width], blend.scores[:height, :width]
 
 
 class _Blend:
-    """Sums of the weighted logits of windows, which come row by row, from left to right.
+    """Sums of the weighted logits of windows, which are added row by row, from left to right.
 
-    ``beside`` are the sums that the next window goes on with, ``below`` those for the next row of windows. Both are
-    overwritten where they have been used. All other sums are finished, and only their classes and probabilities kept.
-
-    Args:
-        image: (3, H, W), not smaller than a window.
-        num_classes: C.
-        size: (h, w) of the windows.
-        overlap: of neighbours, at least.
-
-    Attributes:
-        tops, lefts: where windows start.
-        labels, scores: the result.
+    ``beside`` holds the sums that the next window continues, ``below`` those for the next row of windows; both are
+    overwritten once they have been used. All other sums are complete: only their classes and probabilities are kept, in
+    ``labels`` and ``scores``. Windows of ``size`` (h, w) start in rows ``tops`` and columns ``lefts`` of the image (3,
+    H, W), which is not smaller than a window; neighbours overlap by ``overlap`` of a window or more.
     """
 
     def __init__(self, image: Tensor, num_classes: int, size: tuple[int, int], overlap: float) -> None:
@@ -87,26 +79,27 @@ class _Blend:
         self.weights_y = _weights(self.tops, size[0], image.device)
         self.weights_x = _weights(self.lefts, size[1], image.device)
         self.steps_y, self.steps_x = _steps(self.tops, size[0]), _steps(self.lefts, size[1])
-        self.labels, self.scores = _results(num_classes, (height, width), image.device)
+        self.labels = image.new_empty((height, width), dtype=torch.uint8 if num_classes <= 256 else torch.int16)
+        self.scores = torch.empty((height, width), device=image.device)
         rows_below, columns_beside = size[0] - min(self.steps_y.values()), size[1] - min(self.steps_x.values())
         self.beside = torch.empty((num_classes, size[0], columns_beside), device=image.device)
         self.below = torch.empty((num_classes, rows_below, width), device=image.device)
         self.num_beside = self.num_below = 0
 
-    def add(self, batch: Tensor, y: int, lefts: Sequence[int]) -> None:
-        """The (B, C, h', w') logits of the next windows, which start in row ``y`` and columns ``lefts``."""
-        if batch.shape[:2] != (len(lefts), self.num_classes):
-            expected = f"({len(lefts)}, {self.num_classes}, h, w)"
-            raise ValueError(f"expected logits of shape {expected}, got {(*batch.shape,)}")
-        for logits, x in zip(batch, lefts, strict=True):
-            for top, bottom in (*_bands(0, self.steps_y[y]), *_bands(self.steps_y[y], self.size[0])):
-                self._add_rows(logits, y, x, top, bottom)
-            self.num_beside = self.size[1] - self.steps_x[x]
+    def add(self, logits: Tensor, y: int, x: int) -> None:
+        """Add the (1, C, h', w') logits of the next window, which starts in row ``y`` and column ``x``."""
+        if logits.shape[:2] != (1, self.num_classes):
+            raise ValueError(f"expected logits of shape (1, {self.num_classes}, h, w), got {(*logits.shape,)}")
+        step = self.steps_y[y]
+        for start, end in ((0, step), (step, self.size[0])):
+            for top in range(start, end, BAND):
+                self._add_rows(logits[0], y, x, top, min(top + BAND, end))
+        self.num_beside = self.size[1] - self.steps_x[x]
         if x == self.lefts[-1]:
-            self.num_below = self.size[0] - self.steps_y[y]
+            self.num_below = self.size[0] - step
 
     def _add_rows(self, logits: Tensor, y: int, x: int, top: int, bottom: int) -> None:
-        """Rows ``top`` to ``bottom`` of the window at (``y``, ``x``)."""
+        """Add rows ``top`` to ``bottom`` of the window at (``y``, ``x``)."""
         step_y, step_x, width = self.steps_y[y], self.steps_x[x], self.size[1]
         sums = _resized_rows(logits, self.size, top, bottom)
         sums = sums * (self.weights_y[y][top:bottom, None] * self.weights_x[x])
@@ -115,16 +108,17 @@ class _Blend:
         unseen = slice(x + self.num_beside, x + width)
         sums[:, :num_used, self.num_beside :] += self.below[:, top : top + num_used, unseen]
         self.beside[:, top:bottom, : width - step_x] = sums[:, :, step_x:]
-        finished, here = sums[:, :, :step_x], slice(x, x + step_x)
+        complete, here = sums[:, :, :step_x], slice(x, x + step_x)
         if bottom <= step_y:
             rows = slice(y + top, y + bottom)
-            self.labels[rows, here], self.scores[rows, here] = _most_probable(finished)
+            self.labels[rows, here] = complete.argmax(0)
+            self.scores[rows, here] = (complete.amax(0) - complete.logsumexp(0)).exp()
         else:
-            self.below[:, top - step_y : bottom - step_y, here] = finished
+            self.below[:, top - step_y : bottom - step_y, here] = complete
 
 
 def _resized_rows(logits: Tensor, size: tuple[int, int], top: int, bottom: int) -> Tensor:
-    """Rows ``top`` to ``bottom`` of (C, h, w) logits that are resized to ``size`` bilinearly, in fp32."""
+    """Rows ``top`` to ``bottom`` of (C, h, w) logits resized bilinearly to ``size``, in fp32."""
     height = logits.shape[1]
     if logits.shape[1:] == size:
         return logits[:, top:bottom].float()
@@ -136,12 +130,8 @@ def _resized_rows(logits: Tensor, size: tuple[int, int], top: int, bottom: int) 
     return F.interpolate(band[None], (bottom - top, size[1]), mode="bilinear", align_corners=False)[0]
 
 
-def _bands(top: int, bottom: int) -> list[tuple[int, int]]:
-    return [(row, min(row + BAND, bottom)) for row in range(top, bottom, BAND)]
-
-
 def _starts(length: int, size: int, overlap: float) -> list[int]:
-    """Where windows of ``size`` pixels start, to cover ``length`` of them with at least that overlap."""
+    """Where windows of ``size`` pixels start, so that they cover ``length`` pixels with at least that overlap."""
     stride = max(size - math.ceil(size * overlap), 1)
     last = length - size
     num_windows = math.ceil(last / stride) + 1
@@ -149,25 +139,14 @@ def _starts(length: int, size: int, overlap: float) -> list[int]:
 
 
 def _steps(starts: list[int], size: int) -> dict[int, int]:
-    """By start, how many pixels of a window no later one sees: up to the next one's start, or all of the last one."""
+    """By start, the pixels of a window that no later one sees: those before the next start, or all of the last one."""
     return {start: after - start for start, after in pairwise([*starts, starts[-1] + size])}
 
 
 def _weights(starts: list[int], size: int, device: torch.device) -> dict[int, Tensor]:
-    """By start, the weights of a window's pixels along one side: they sum to 1 at each pixel of the image."""
+    """By start, the weights of a window's pixels along one side; they sum to 1 at each pixel of the image."""
     tent = torch.minimum(torch.arange(size), torch.arange(size - 1, -1, -1)) + 0.5
     total = torch.zeros(starts[-1] + size)
     for start in starts:
         total[start : start + size] += tent
     return {start: (tent / total[start : start + size]).to(device) for start in starts}
-
-
-def _most_probable(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Class and probability of each pixel of (C, H, W) logits."""
-    return logits.argmax(0), (logits.amax(0) - logits.logsumexp(0)).exp()
-
-
-def _results(num_classes: int, size: tuple[int, int], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Where to write classes and probabilities."""
-    labels = torch.empty(size, dtype=torch.uint8 if num_classes <= 256 else torch.int16, device=device)
-    return labels, torch.empty(size, device=device)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +14,7 @@ from qtvit.checkpoints import ModelInfo, load_model, own_args
 from qtvit.errors import some
 from qtvit.models import check_img_size, load_backbone, model_cost
 from qtvit.training.config import DEFAULT_MODEL
-from qtvit.training.job import (
-    Job,
-    Loaders,
-    Speed,
-    Summary,
-    check_model,
-    make_loaders,
-    normalisation,
-    say_new_classifier,
-)
+from qtvit.training.job import Job, Speed, Summary, check_model, make_loaders, normalisation, say_new_classifier
 from qtvit.training.options import absolute
 from qtvit.training.task import Task
 
@@ -43,7 +35,7 @@ EPOCH_COLUMNS = {
     "val/raw_miou": "not averaged {:.2f} %",
 }
 CLASSIFIER = ".classifier."
-"""In the names of the layers whose outputs are classes."""
+"""Part of the names of the layers with an output for each class."""
 CURVES = {
     "Loss": {"": "train/loss"},
     "Held-out images (%)": {"mIoU": "val/miou", "mAcc": "val/macc", "aAcc": "val/aacc"},
@@ -53,26 +45,16 @@ CURVES = {
 
 @dataclass(frozen=True)
 class SegmentSummary(Summary):
-    """What a finished training of a segmenter has to say.
-
-    Attributes:
-        run: the run folder.
-        miou, macc, aacc: of the best weights on the held-out images, in percent.
-        num_params, num_macs: of the network without its auxiliary head, for an image of the size of the crops.
-        images_per_second: from pixels to labels, on the training device.
-        train_seconds: wall-clock time of the training loop.
-        train_images_per_second: training steps alone, in all processes, without loading images and evaluation; None if
-            they were not measured.
-    """
+    """The results of training a segmenter; scores are of the best weights on the held-out images, in percent."""
 
     miou: float
     macc: float
     aacc: float
-    num_params: int
-    num_macs: int
-    images_per_second: float
-    train_seconds: float
-    train_images_per_second: float | None
+    num_params: int  # without the auxiliary head
+    num_macs: int  # likewise, for an image of the size of the crops
+    images_per_second: float  # from pixels to labels, on the training device
+    train_seconds: float  # wall-clock time of the training loop
+    train_images_per_second: float | None  # of the training steps alone; None if not measured
 
     def lines(self) -> list[tuple[str, str]]:
         return [
@@ -87,14 +69,14 @@ class SegmentSummary(Summary):
 
 
 class SegmentTask(Task):
-    """The task of telling the class of every pixel.
+    """A segmenter in training.
 
     Args:
         model: the network.
-        data: what it learns from.
-        config: of the run.
-        preprocess: of the evaluation.
-        class_weights: (C,) weights of the cross-entropy, or None.
+        data: the data to learn from.
+        config: the run's configuration.
+        preprocess: the evaluation protocol.
+        class_weights: (C,) weights of the cross-entropy; None for equal ones.
     """
 
     config: SegmentConfig
@@ -119,12 +101,8 @@ class SegmentTask(Task):
             min_kept=max(int(config.loss.ohem_min_kept * height * width), 1),
             dice_weight=config.loss.dice,
         )
-        self.confusions = nn.ModuleDict(
-            {
-                f"{prefix}confusion": SegmentationConfusion(len(data.classes), data.ignore_index)
-                for prefix in self.networks
-            }
-        )
+        confusion = partial(SegmentationConfusion, len(data.classes), data.ignore_index)
+        self.confusions = nn.ModuleDict({f"{prefix}confusion": confusion() for prefix in self.networks})
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         images, labels = batch
@@ -154,7 +132,10 @@ class SegmentTask(Task):
 
 
 def _scorer(network: nn.Module) -> Callable[[Tensor], Tensor]:
-    """The network as `segment_pixels` takes it, without what torch.compile made for the size of the training crops."""
+    """The network as `segment_pixels` calls it.
+
+    It calls ``forward`` directly because torch.compile has compiled the network for the size of the training crops.
+    """
     return lambda pixels: network.forward(pixels.contiguous(memory_format=torch.channels_last))
 
 
@@ -164,7 +145,6 @@ class SegmentJob(Job[SegmentConfig, SegmentSummary]):
     monitor = "val/miou"
     score = "mIoU"
     columns = EPOCH_COLUMNS
-
     curves = CURVES
 
     def read_data(self, config: SegmentConfig) -> SegmentationData:
@@ -179,12 +159,28 @@ class SegmentJob(Job[SegmentConfig, SegmentSummary]):
         return build_network(config, data)
 
     def set_up(self, model: Any, device: torch.device, past: dict[str, Any]) -> None:
-        config, data = self.config, self.data
+        config, data, augment = self.config, self.data, self.config.augment
         self.preprocess = preprocess = SegmentPreprocess.of(self.info)
         check_img_size(model, preprocess.size, "--crop-size")
         model = model.to(memory_format=torch.channels_last)
         self.task = SegmentTask(model, data, config, preprocess, class_weights(config, data))
-        self.loaders = _loaders(config, data, preprocess, device)
+        transform = SegmentationTrainTransform(
+            preprocess.size,
+            base_size=preprocess.img_size or 0,
+            scale=augment.scale,
+            hflip=augment.hflip,
+            max_class_ratio=augment.cat_max_ratio,
+            photometric=augment.photometric,
+            ignore_index=data.ignore_index,
+            mean=preprocess.mean,
+            std=preprocess.std,
+        )
+        train = SegmentationDataset(data.train, data.mask_classes, transform)
+        val = SegmentationDataset(data.val, data.mask_classes, preprocess.transform())
+        num_train, num_val = len(data.train), len(data.val)
+        self.loaders = make_loaders(
+            config, device, [train], num_train, val, num_val, val_collate=list, val_batch_size=1
+        )
         self.sources = [sample.image for sample in data.train]
         self.about = f"{data.name}, in crops of {'x'.join(map(str, preprocess.size))} px"
 
@@ -197,9 +193,8 @@ class SegmentJob(Job[SegmentConfig, SegmentSummary]):
         }
 
     def report(self, run: Path, speed: Speed) -> SegmentSummary:
-        data = self.data
         predictor = SegmentPredictor.load(run, self.config.device)
-        evaluation = evaluate(predictor, data.val, data.mask_classes)
+        evaluation = evaluate(predictor, self.data.val, self.data.mask_classes)
         write_report(evaluation, run)
         network: Any = predictor.model
         network.aux = None
@@ -232,7 +227,15 @@ def build_network(config: SegmentConfig, data: SegmentationData) -> tuple[nn.Mod
     if model_args.get("in_chans", 3) != 3:
         raise ValueError(f"{name} is for images of {model_args['in_chans']} channels, and a segmenter reads RGB")
     model_args = {key: value for key, value in model_args.items() if key != "num_classes"}
-    task_args = _task_args(config, data, source.task_args if source is not None else {})
+    known = source.task_args if source is not None else {}
+    head = config.head or known.get("head", "upernet")  # as the options say, else as in the checkpoint, else upernet
+    task_args = {
+        "head": head,
+        "aux": config.loss.aux > 0,
+        "channels": config.head_channels or (known.get("channels") if known.get("head") == head else None),
+        "drop_rate": config.drop_rate,
+        "masks": mask_args(data.mask_classes),
+    }
     model: Any = build(name, model_args, task_args)
     if source is not None and source.task == "classify":
         try:
@@ -240,58 +243,43 @@ def build_network(config: SegmentConfig, data: SegmentationData) -> tuple[nn.Mod
         except ValueError as error:
             raise ValueError(f"{config.checkpoint}: {error}") from error
     elif source is not None:
-        _take_over(model, weights, source, task_args, data.classes, config)
+        _load_segmenter(model, weights, source, head, data.classes, config)
     norm = normalisation(name, source)
-    preprocess = SegmentPreprocess(
-        config.crop_shape(), config.base_size, config.window, tuple(norm["mean"]), tuple(norm["std"])
-    )
-    info = ModelInfo(
-        name, own_args(model_args), list(data.classes), asdict(preprocess), task="segment", task_args=task_args
-    )
-    return model, info
+    mean, std = tuple(norm["mean"]), tuple(norm["std"])
+    preprocess = asdict(SegmentPreprocess(config.crop_shape(), config.base_size, config.window, mean, std))
+    classes = list(data.classes)
+    return model, ModelInfo(name, own_args(model_args), classes, preprocess, task="segment", task_args=task_args)
 
 
-def _task_args(config: SegmentConfig, data: SegmentationData, known: Mapping[str, Any]) -> dict[str, Any]:
-    """What the network is built with: as the options say, else as in the checkpoint, else the defaults."""
-    head = config.head or known.get("head", "upernet")
-    channels = config.head_channels or (known.get("channels") if known.get("head") == head else None)
-    return {
-        "head": head,
-        "aux": config.loss.aux > 0,
-        "channels": channels,
-        "drop_rate": config.drop_rate,
-        "masks": mask_args(data.mask_classes),
-    }
-
-
-def _take_over(
+def _load_segmenter(
     model: nn.Module,
     given: Mapping[str, Tensor],
     source: ModelInfo,
-    task_args: Mapping[str, Any],
+    head: str,
     classes: tuple[str, ...],
     config: SegmentConfig,
 ) -> None:
-    """Fill a network with the weights of a segmenter; what does not fit starts anew, and that is said."""
+    """Load those weights of another segmenter that fit; print which parts start anew."""
     own = model.state_dict()
     others = list(classes) != source.classes
+    last = {name for name in own if others and CLASSIFIER in name}
     fitting = {
         name: value
         for name, value in given.items()
-        if name in own and own[name].shape == value.shape and not (others and CLASSIFIER in name)
+        if name in own and own[name].shape == value.shape and name not in last
     }
-    if source.task_args["head"] != task_args["head"]:
+    if source.task_args["head"] != head:
         fitting = {name: value for name, value in fitting.items() if not name.startswith("head.")}
     if others:
         say_new_classifier(config, source, classes)
-    missing = [name for name in own if name not in fitting and not (others and CLASSIFIER in name)]
-    if parts := dict.fromkeys(".".join(name.split(".")[:2]) for name in missing):
+    anew = [name for name in own if name not in fitting and name not in last]
+    if parts := dict.fromkeys(".".join(name.split(".")[:2]) for name in anew):
         console.say(f"not in {config.checkpoint}, so they start anew: {some(list(parts))}")
     model.load_state_dict({**own, **fitting})
 
 
 def class_weights(config: SegmentConfig, data: SegmentationData) -> Tensor | None:
-    """(C,) weights of the cross-entropy, if there are such."""
+    """(C,) weights of the cross-entropy; None for equal ones."""
     weights = config.loss.class_weights
     if weights is None:
         return None
@@ -300,24 +288,3 @@ def class_weights(config: SegmentConfig, data: SegmentationData) -> Tensor | Non
     if len(weights) != len(data.classes):
         raise ValueError(f"--loss.class-weights has {len(weights)} numbers, and there are {len(data.classes)} classes")
     return torch.tensor(weights, dtype=torch.float32)
-
-
-def _loaders(
-    config: SegmentConfig, data: SegmentationData, preprocess: SegmentPreprocess, device: torch.device
-) -> Loaders:
-    augment, norm = config.augment, {"mean": preprocess.mean, "std": preprocess.std}
-    transform = SegmentationTrainTransform(
-        preprocess.size,
-        base_size=preprocess.img_size or 0,
-        scale=augment.scale,
-        hflip=augment.hflip,
-        max_class_ratio=augment.cat_max_ratio,
-        photometric=augment.photometric,
-        ignore_index=data.ignore_index,
-        **norm,
-    )
-    train = SegmentationDataset(data.train, data.mask_classes, transform)
-    val = SegmentationDataset(data.val, data.mask_classes, preprocess.transform())
-    return make_loaders(
-        config, device, [train], len(data.train), val, len(data.val), val_collate=list, val_batch_size=1
-    )

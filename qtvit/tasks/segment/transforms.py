@@ -11,36 +11,39 @@ from torchvision import tv_tensors
 from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as tvf
 
+Sides = tuple[int, int]
+Range = tuple[float, float]
+
 NUM_TRIES = 10
-"""Crops that are drawn until one has more than one class."""
+"""Crops that are drawn at most until no class covers more than the largest accepted part."""
 
 
 class SegmentationTrainTransform:
     """PIL RGB image and (H, W) labels -> (3, H, W) fp32 and (H, W) int64: scale, crop, flip, colours, normalisation.
 
-    The augmentation that segmentation recipes share, with torchvision's transforms. Random numbers come from torch's
-    global generator.
+    This is the augmentation that segmentation recipes share, with torchvision's transforms. Random numbers come from
+    torch's global generator.
 
     Args:
         crop_size: (H, W) of the result.
         base_size: shorter side, in pixels, of an image at scale 1; None for the shorter side of ``crop_size``, 0 for
-            each image's own.
+            the image's own.
         scale: smallest and largest scale, drawn uniformly.
         hflip: probability of a horizontal flip.
-        max_class_ratio: crops of which one class covers more than this part are drawn again, up to `NUM_TRIES` times;
-            1 takes all.
-        photometric: whether brightness, contrast, saturation and hue are changed, each with probability ½, by
-            torchvision's default ranges.
-        ignore_index: the label where a crop goes beyond the image, and of pixels that count for no class.
+        max_class_ratio: crops in which one class covers more than this part are drawn again, up to `NUM_TRIES` times; 1
+            accepts all.
+        photometric: whether to change brightness, contrast, saturation and hue, each with probability ½, within the
+            default ranges of torchvision's ``RandomPhotometricDistort``.
+        ignore_index: the label of pixels without a class, and of those where a crop reaches beyond the image.
         mean, std: per channel, for pixels from 0 to 1.
     """
 
     def __init__(
         self,
-        crop_size: tuple[int, int],
+        crop_size: Sides,
         *,
         base_size: int | None = None,
-        scale: tuple[float, float] = (0.5, 2.0),
+        scale: Range = (0.5, 2.0),
         hflip: float = 0.5,
         max_class_ratio: float = 0.75,
         photometric: bool = True,
@@ -74,20 +77,12 @@ class RandomScaledCrop(v2.Transform):
     Args:
         size: (H, W) of the crop.
         base_size: shorter side of an image at scale 1; 0 for its own.
-        scale: smallest and largest scale.
-        max_class_ratio: see `SegmentationTrainTransform`.
-        fill: colour of the padding.
-        ignore_index: label of the padding.
+        scale, max_class_ratio: see `SegmentationTrainTransform`.
+        fill, ignore_index: colour and label of the padding.
     """
 
     def __init__(
-        self,
-        size: tuple[int, int],
-        base_size: int,
-        scale: tuple[float, float],
-        max_class_ratio: float,
-        fill: list[int],
-        ignore_index: int,
+        self, size: Sides, base_size: int, scale: Range, max_class_ratio: float, fill: list[int], ignore_index: int
     ) -> None:
         super().__init__()
         self.size = size
@@ -98,29 +93,30 @@ class RandomScaledCrop(v2.Transform):
         self.ignore_index = ignore_index
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        """Position and size of the part that is shown, in the image's own pixels, and its size in the crop."""
         image, labels = flat_inputs
-        height, width = image.shape[-2:]
+        sides = image.shape[-2:]
         ratio = float(torch.empty(()).uniform_(*self.scale))
         if self.base_size:
-            ratio *= self.base_size / min(height, width)
-        shown = [min(max(round(s * ratio), 1), c) for s, c in zip((height, width), self.size, strict=True)]
-        # What is shown, in the image's own pixels.
+            ratio *= self.base_size / min(sides)
+        shown = [min(max(round(s * ratio), 1), c) for s, c in zip(sides, self.size, strict=True)]
         box = [
             min(max(round(part / ratio), 1), side) if part < side * ratio else side
-            for part, side in zip(shown, (height, width), strict=True)
+            for part, side in zip(shown, sides, strict=True)
         ]
         for _ in range(NUM_TRIES):
-            top, left = (int(torch.randint(s - b + 1, ())) for s, b in zip((height, width), box, strict=True))
+            top, left = (int(torch.randint(s - b + 1, ())) for s, b in zip(sides, box, strict=True))
             if self.max_class_ratio >= 1 or self._is_mixed(labels[top : top + box[0], left : left + box[1]]):
                 break
         return {"top": top, "left": left, "height": box[0], "width": box[1], "size": shown}
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        """Crop, resize and pad an image or its labels."""
         bottom, right = (full - part for full, part in zip(self.size, params["size"], strict=True))
         if not isinstance(inpt, tv_tensors.Mask):
             shown = tvf.resized_crop(inpt, **params, interpolation=InterpolationMode.BILINEAR, antialias=True)
             return tvf.pad(shown, [0, 0, right, bottom], fill=self.fill)
-        # Of masks, torchvision takes the corner of each cell; the image's pixels are where its centre is.
+        # By default, torchvision samples masks at the corner of each new pixel; images are sampled at its centre.
         labels = inpt.as_subclass(Tensor)[None]
         labels = tvf.resized_crop(labels, **params, interpolation=InterpolationMode.NEAREST_EXACT)[0]
         return tv_tensors.Mask(F.pad(labels, (0, right, 0, bottom), value=self.ignore_index))
@@ -131,17 +127,14 @@ class RandomScaledCrop(v2.Transform):
 
 
 class SegmentationEvalTransform:
-    """PIL RGB image and (H, W) labels -> (3, H, W) fp32 and (H, W) int64.
+    """PIL RGB image and (H, W) labels -> (3, H, W) fp32 and (H, W) int64, normalised and in the image's own size.
 
     Args:
         mean, std: per channel, for pixels from 0 to 1.
     """
 
     def __init__(
-        self,
-        *,
-        mean: tuple[float, ...] = IMAGENET_DEFAULT_MEAN,
-        std: tuple[float, ...] = IMAGENET_DEFAULT_STD,
+        self, *, mean: tuple[float, ...] = IMAGENET_DEFAULT_MEAN, std: tuple[float, ...] = IMAGENET_DEFAULT_STD
     ) -> None:
         self.mean = list(mean)
         self.std = list(std)
@@ -150,6 +143,6 @@ class SegmentationEvalTransform:
         return self.image(image), labels.long()
 
     def image(self, image: Image.Image) -> Tensor:
-        """(3, H, W) of an image alone."""
-        pixels = tvf.pil_to_tensor(image)
-        return tvf.normalize(tvf.to_dtype(pixels, torch.float32, scale=True), self.mean, self.std)
+        """The (3, H, W) pixels of an image alone."""
+        pixels = tvf.to_dtype(tvf.pil_to_tensor(image), torch.float32, scale=True)
+        return tvf.normalize(pixels, self.mean, self.std)
