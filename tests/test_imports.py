@@ -36,7 +36,6 @@ REGISTRY = "tasks"
 TASK_MODULES = ["config", "distill", "evaluate", "loss", "metric", "plots", "report", "stream", "train", "coco_eval"]
 NEED_EXTRAS = [
     "ablation/*",
-    "bench/labels.py",
     "bench/plots.py",
     "doctor/draw.py",
     "explain/draw.py",

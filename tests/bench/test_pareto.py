@@ -10,9 +10,9 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from PIL import Image
 
-from qtvit.bench import labels, pareto
-from qtvit.bench.labels import place_labels
+from qtvit.bench import pareto, plots
 from qtvit.bench.pareto import bench_pareto, choose, pareto_front, published_results
+from qtvit.bench.plots import place_labels
 from qtvit.models import PUBLISHED_ACCURACY
 from qtvit_cli import main
 
@@ -128,7 +128,7 @@ def test_names_cover_neither_each_other_nor_points(monkeypatch: pytest.MonkeyPat
 
 
 def test_a_name_without_a_place_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(labels, "RADII", (7,))
+    monkeypatch.setattr(plots, "RADII", (7,))
     figure = Figure(figsize=(4, 4))
     axes = figure.subplots()
     axes.set(xlim=(0, 1), ylim=(0, 1))

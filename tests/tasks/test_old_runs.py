@@ -17,9 +17,8 @@ from qtvit import tasks
 from qtvit.models import ARCHITECTURES, Architecture, Stage
 from qtvit.training.options import parse_config
 from qtvit_cli import main
-
-from ..training.boxes import draw_boxes
-from ..training.masks import draw_masks
+from tests.tasks.detect.boxes import draw_boxes
+from tests.tasks.segment.masks import draw_masks
 
 RUNS = Path(__file__).with_name("old_runs")
 THEN = json.loads((RUNS / "then.json").read_text())

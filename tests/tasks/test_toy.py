@@ -9,8 +9,7 @@ from PIL import Image
 import qtvit
 from qtvit import tasks
 from qtvit_cli import main
-
-from . import toy
+from tests.tasks import toy
 
 
 @pytest.fixture(autouse=True)

@@ -15,10 +15,10 @@ import torch
 import qtvit
 from qtvit.training.callbacks import LAST
 from qtvit_cli import main
+from tests.tasks.segment.masks import draw_masks
 
 from .compare import same_end
 from .conftest import COLORS, draw
-from .masks import draw_masks
 
 TINY = "train classify --model qtvit_nano --img-size 16 --data {data} --num-threads 1 --num-workers 0"
 AUGMENTED = "--augment.auto-augment rand-m5-mstd1 --augment.random-erasing 0.3"

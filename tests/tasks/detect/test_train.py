@@ -26,10 +26,12 @@ from qtvit.tasks.detect.predict import DetectPredictor
 from qtvit.tasks.detect.train import DetectTask
 from qtvit.training.optim import batch_norms
 from qtvit_cli import main
+from tests.training.compare import same_end
+from tests.training.test_distributed import read_metrics, torchrun
 
 from .boxes import draw_boxes
-from .compare import same_end
-from .test_distributed import read_metrics, torchrun
+
+pytestmark = pytest.mark.slow
 
 TINY = (
     "train detect --data {data} --num-workers 0 --num-threads 1 --min-size [40] --max-size 80 --heads.fpn-chans 16 "

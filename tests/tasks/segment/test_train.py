@@ -21,8 +21,8 @@ from qtvit.tasks.segment.config import SegmentConfig
 from qtvit.tasks.segment.predict import SegmentPredictor
 from qtvit.tasks.segment.train import SegmentJob, SegmentTask
 from qtvit_cli import main
+from tests.training.compare import same_end
 
-from .compare import same_end
 from .masks import NAMES, draw_masks
 
 TRAIN = (

@@ -17,8 +17,7 @@ from qtvit.tasks.classify.train import Classifier, class_weights
 from qtvit.training.optim import freeze, parameter_groups
 from qtvit.training.options import make_config, parse_config
 from qtvit_cli import main
-
-from .conftest import COLORS, draw
+from tests.training.conftest import COLORS, draw
 
 FAST = {"model": "qtvit_nano", "img_size": 16, "epochs": 1, "batch_size": 8, "num_workers": 0, "bn_images": 8}
 

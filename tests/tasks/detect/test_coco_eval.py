@@ -11,7 +11,7 @@ from pycocotools import mask
 from qtvit.tasks.detect.coco_eval import FIGURES, GroundTruth
 from qtvit.tasks.detect.data import load_held_out
 
-from ..data.coco_folder import annotation, annotation_file, write_coco
+from .coco_folder import annotation, annotation_file, write_coco
 
 NAMES = {1: "person", 18: "dog"}
 

@@ -13,8 +13,7 @@ from PIL import Image
 
 from qtvit.deploy import annotate
 from qtvit_cli import main
-
-from .conftest import COLORS, draw
+from tests.training.conftest import COLORS, draw
 
 
 @pytest.fixture

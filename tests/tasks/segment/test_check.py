@@ -8,7 +8,7 @@ from PIL import Image
 
 from qtvit.tasks.segment.check import check_segmentation_data
 from qtvit.tasks.segment.data import load_segmentation_data
-from tests.data.segmentation import COLORS, draw_data, draw_pair
+from tests.tasks.segment.drawn import COLORS, draw_data, draw_pair
 
 
 @pytest.fixture

@@ -15,9 +15,9 @@ from qtvit.tasks.segment.data import (
     load_segmentation_data,
 )
 from qtvit.tasks.segment.transforms import SegmentationEvalTransform
-from tests.data.segmentation import COLORS, draw_data, draw_pair
+from tests.tasks.segment.drawn import COLORS, draw_data, draw_pair
 
-PAGE = Path(__file__).parents[2] / "docs" / "segmentation.md"
+PAGE = Path(__file__).parents[3] / "docs" / "segmentation.md"
 
 
 def read_all(data: SegmentationData, split: str = "train") -> list[np.ndarray]:

@@ -20,8 +20,7 @@ from qtvit.checkpoints import load_model, save_model
 from qtvit.tasks.classify.data import load_labelled_images
 from qtvit.tasks.classify.held_out import held_out_samples
 from qtvit_cli import main
-
-from .conftest import COLORS, draw
+from tests.training.conftest import COLORS, draw
 
 
 def test_a_run_learns_and_leaves_its_files(run: Path) -> None:

@@ -31,10 +31,9 @@ from qtvit.training import plots
 from qtvit.training.callbacks import LAST
 from qtvit.training.options import parse_config
 from qtvit_cli import main
-
-from .compare import same_end
-from .conftest import COLORS
-from .fit import NUM_CLASSES, configured, fit, random_batches
+from tests.training.compare import same_end
+from tests.training.conftest import COLORS
+from tests.training.fit import NUM_CLASSES, configured, fit, random_batches
 
 Network = Callable[..., QTViT]
 EFFICIENTVIT = {"kernel": "relu", "ape": False, "shortcut": False}
