@@ -1,6 +1,6 @@
-"""The ``qtvit`` command: one module for each group of commands.
+"""The ``qtvit`` command, with one module for each group of commands.
 
-It stands beside the package, not in it: importing ``qtvit`` registers models with timm, which takes seconds, and
+It is a package beside ``qtvit`` because importing ``qtvit`` takes seconds, as it registers models with timm, and
 ``qtvit --help`` should not. Each command imports what it needs when it runs.
 """
 
@@ -20,14 +20,14 @@ from .weights import add_weights
 
 USER_ERRORS = (ValueError, OSError, FloatingPointError)
 DEPLOY = ("onnx", "onnxscript", "onnxruntime", "openvino", "nncf")
-"""Packages of the extra of that name; others that may be missing are of ``train``."""
+"""Packages that the extra ``deploy`` installs; all others that may be missing belong to ``train``."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command in ``argv``; 0 if it worked, 2 with one line on stderr if the user has to change something."""
+    """Run the command ``argv``; returns 0, or 2 after one line on stderr about an error that the user can fix."""
     argv = list(sys.argv[1:] if argv is None else argv)
     debug, first = "--debug" in argv, os.environ.get("RANK", "0") == "0"
-    quiet = "--quiet" in argv or not first  # of torchrun's processes, one speaks
+    quiet = "--quiet" in argv or not first  # of several processes under torchrun, only the first prints
     args, rest = _parser().parse_known_args([arg for arg in argv if arg not in ("--debug", "--quiet")])
     args.rest, args.argv = rest, argv
     if rest and not getattr(args, "own_options", False):
@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if first:
             print(str(stop) or "interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # as after `| head`: nobody reads on
+    except BrokenPipeError:  # the reader has stopped, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except ModuleNotFoundError as error:
@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _one_line(error: Exception) -> str:
-    """The message of ``error``; of one that a loader process passed on, the message it was raised with."""
+    """The message of ``error`` in one line; for an error from a DataLoader process, its original message."""
     message = str(error) or type(error).__name__
     if "Original Traceback" in message:
         message = message.strip().splitlines()[-1].partition(": ")[2]
@@ -68,15 +68,15 @@ def _one_line(error: Exception) -> str:
 
 
 class _OptionParser(argparse.ArgumentParser):
-    """Takes nothing misspelt for the abbreviation of an option; nor do the parsers of its commands, which are such.
+    """Does not accept abbreviated options, which hide misspellings; neither do its subparsers, which have this class.
 
-    And takes ``--at -5,80`` for an option with its value, as argparse does ``--at -5``.
+    It also accepts ``--at -5,80`` as an option and its value, as argparse accepts ``--at -5``.
     """
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options, allow_abbrev=False)
         self.complete: Callable[[], None] | None = None
-        """Adds what the registry of tasks knows, which takes seconds to import; called before the first parsing."""
+        """Called before the first parsing: adds the options of tasks, whose registry takes seconds to import."""
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         complete, self.complete = self.complete, None

@@ -1,4 +1,4 @@
-"""What the commands share: types of options, output files, names."""
+"""What the commands share: option types, options of tasks, output files and names."""
 
 import argparse
 import json
@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
-"""What parsers of commands are added to."""
+"""What `argparse.ArgumentParser.add_subparsers` returns: parsers of commands are added to it."""
 
 RUN = "run folder, model file, hf-hub:USER/MODEL, or nano-cifar10, which comes with qtvit"
 SHEET_SUFFIXES = (".png", ".jpg", ".jpeg")
 
 
 def positive(text: str) -> int:
-    """An option's number that has to be 1 or more."""
+    """Option type: a whole number from 1."""
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"must be 1 or more, got {number}")
@@ -24,7 +24,7 @@ def positive(text: str) -> int:
 
 
 def new_file(text: str) -> Path:
-    """An option's path of a file to write."""
+    """Option type: path of a file to write."""
     path = Path(text)
     if path.is_dir():
         raise argparse.ArgumentTypeError(f"{path} is a folder")
@@ -32,7 +32,7 @@ def new_file(text: str) -> Path:
 
 
 def pictures(text: str) -> Path:
-    """An option's path of pictures to write: a sheet's file, or a folder."""
+    """Option type: path of pictures to write, either the file of a contact sheet or a folder."""
     path = Path(text)
     if path.suffix.lower() in SHEET_SUFFIXES:
         return new_file(text)
@@ -42,11 +42,11 @@ def pictures(text: str) -> Path:
 
 
 TYPES: dict[str, Callable[[str], Any]] = {"positive": positive, "new_file": new_file}
-"""Types of options that tasks have, by the names that they use for them."""
+"""Option types by the names that tasks use for them."""
 
 
 def add_task_options(parser: argparse.ArgumentParser, which: str) -> None:
-    """Add the options ``which`` ("eval_options", …) of every task, each once, named by the models it is for."""
+    """Add the options ``which`` ("eval_options", …) of all tasks, each once; the help says which models it is for."""
     from qtvit import tasks
 
     added: set[str] = set()
@@ -61,13 +61,12 @@ def add_task_options(parser: argparse.ArgumentParser, which: str) -> None:
             added.add(option.flag)
 
 
-def take_task_options(
-    args: argparse.Namespace, which: str, task: str, problem: Callable[[str, str], str]
-) -> dict[str, Any]:
-    """The values of a task's options ``which``, with defaults filled in, in ``args`` too.
+def take_task_options(args: argparse.Namespace, which: str, task: str, run: str = "") -> dict[str, Any]:
+    """The values of the options ``which`` of ``task``; defaults are filled in, in ``args`` too.
 
     Raises:
-        ValueError: an option of another task is given; ``problem`` makes the message of it and that task.
+        ValueError: an option of another task is given. The message says that ``run``, if there is one, has no such
+            option, otherwise that --task has none.
     """
     from qtvit import tasks
 
@@ -75,17 +74,22 @@ def take_task_options(
     for other in tasks.TASKS.values():
         for option in getattr(other.load("commands"), which):
             if option.flag not in own and getattr(args, option.name) is not None:
-                raise ValueError(problem(option.flag, other.name))
-    values = {}
+                if run:
+                    raise ValueError(f"{option.flag} is not for a model that was trained to {task}, as {run}")
+                raise ValueError(f"{option.flag} is for --task {other.name}, not {task}")
     for option in own.values():
-        given = getattr(args, option.name)
-        values[option.name] = option.default if given is None else given
-        setattr(args, option.name, values[option.name])
-    return values
+        if getattr(args, option.name) is None:
+            setattr(args, option.name, option.default)
+    return pick(args, *(option.name for option in own.values()))
+
+
+def pick(args: argparse.Namespace, *names: str) -> dict[str, Any]:
+    """The options ``names``, as keyword arguments for a function that calls them the same."""
+    return {name: getattr(args, name) for name in names}
 
 
 def make_parent(path: Path | None) -> None:
-    """The folder of an output file, made and tried out before the work that the file is to hold."""
+    """Create the folder of an output file and check that it is writable, before the work whose result goes there."""
     from qtvit.files import open_folder
 
     if path is not None:
@@ -93,7 +97,7 @@ def make_parent(path: Path | None) -> None:
 
 
 def write_json(path: Path, content: object) -> None:
-    """Write ``content`` to ``path`` and say so."""
+    """Write ``content`` to ``path`` as JSON and print the path."""
     from qtvit.files import write_text
 
     write_text(path, json.dumps(content, indent=2) + "\n")
@@ -101,13 +105,13 @@ def write_json(path: Path, content: object) -> None:
 
 
 def command_name() -> str:
-    """What to type for ``qtvit``: make calls the command by its path."""
+    """The command to suggest to users: ``qtvit``, or its path where it is not on PATH, as when make calls it."""
     called = Path(sys.argv[0])
     return "qtvit" if shutil.which("qtvit") or called.name != "qtvit" else str(called)
 
 
 def run_name(run: str) -> str:
-    """What to call the run or model that a command was given: the folder of the former, the file of the latter."""
+    """A short name for the run or model that a command was given: of its folder or its file."""
     from qtvit.checkpoints import BEST
 
     path = Path(run).resolve()

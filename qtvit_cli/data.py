@@ -1,4 +1,4 @@
-"""Preparing data: ``qtvit data``."""
+"""Prepare data: ``qtvit data``."""
 
 import argparse
 from dataclasses import asdict
@@ -16,9 +16,10 @@ def add_data(commands: Commands) -> None:
     pack = what.add_parser(
         "pack", help="copy a folder of images into few large tar files, which other commands take as --data too"
     )
-    pack.add_argument("folder", help="folder with train/CLASS/*.jpg and val/CLASS/*.jpg, or CLASS/*.jpg alone")
-    pack.add_argument("out", type=Path, help="folder to create")
-    pack.add_argument("--shard-size", type=positive, default=256, metavar="MB", help="of each tar file (default: 256)")
+    add = pack.add_argument
+    add("folder", help="folder with train/CLASS/*.jpg and val/CLASS/*.jpg, or CLASS/*.jpg alone")
+    add("out", type=Path, help="folder to create")
+    add("--shard-size", type=positive, default=256, metavar="MB", help="of each tar file (default: 256)")
     pack.set_defaults(command=pack_data)
     check: Any = what.add_parser(
         "check",
@@ -30,22 +31,22 @@ def add_data(commands: Commands) -> None:
         "segmentation: masks that do not fit their images or classes. The exit code is 1 if there are such problems, "
         "0 if there are none, 2 if nothing could be checked.",
     )
-    check.add_argument("folder", help="folder of data, as for training; for classify also what `qtvit data pack` made")
-    check.add_argument("--task", default="classify", help="classify, detect or segment (classify)")
-    check.add_argument("--num-workers", type=positive, default=8, help="threads that read images (default: 8)")
-    check.add_argument("--json", type=new_file, metavar="FILE", help="also write the whole report to FILE")
+    add = check.add_argument
+    add("folder", help="folder of data, as for training; for classify also what `qtvit data pack` made")
+    add("--task", default="classify", help="classify, detect or segment (classify)")
+    add("--num-workers", type=positive, default=8, help="threads that read images (default: 8)")
+    add("--json", type=new_file, metavar="FILE", help="also write the whole report to FILE")
     check.complete = partial(add_task_options, check, "check_options")
     check.set_defaults(command=check_data)
     scenes = what.add_parser(
         "scenes", help="draw sample data for detection or segmentation: handwritten digits among clutter"
     )
-    scenes.add_argument("folder", type=Path, help="folder to create; one with the same scenes is left as it is")
-    scenes.add_argument(
-        "--task", choices=("detect", "segment"), default="detect", help="boxes and masks, or masks (detect)"
-    )
-    scenes.add_argument("--num-train", type=positive, default=1000, metavar="N", help="scenes to train on (1000)")
-    scenes.add_argument("--num-val", type=positive, default=200, metavar="N", help="held-out scenes (200)")
-    scenes.add_argument("--seed", type=int, default=0, help="of the scenes (default: 0)")
+    add = scenes.add_argument
+    add("folder", type=Path, help="folder to create; one with the same scenes is left as it is")
+    add("--task", choices=("detect", "segment"), default="detect", help="boxes and masks, or masks (detect)")
+    add("--num-train", type=positive, default=1000, metavar="N", help="scenes to train on (1000)")
+    add("--num-val", type=positive, default=200, metavar="N", help="held-out scenes (200)")
+    add("--seed", type=int, default=0, help="of the scenes (default: 0)")
     scenes.set_defaults(command=draw_scenes)
 
 
@@ -64,14 +65,12 @@ def pack_data(args: argparse.Namespace) -> None:
 
 
 def check_data(args: argparse.Namespace) -> int:
-    """``qtvit data check``; 1 if there are problems."""
+    """``qtvit data check``; returns 1 if there are problems."""
     from qtvit import console, tasks
 
     make_parent(args.json)
     check = tasks.get(args.task).load("check")
-    options = take_task_options(
-        args, "check_options", args.task, lambda flag, owner: f"{flag} is for --task {owner}, not {args.task}"
-    )
+    options = take_task_options(args, "check_options", args.task)
     report = check(args.folder, num_threads=args.num_workers, **options)
     for line in report.lines():
         console.result(line)

@@ -1,4 +1,4 @@
-"""Training: ``qtvit quickstart``, ``train`` and ``ablate``."""
+"""Train models: ``qtvit quickstart``, ``train`` and ``ablate``."""
 
 import argparse
 import shlex
@@ -33,12 +33,11 @@ def add_train(commands: Commands) -> None:
         epilog="The other options are those of `qtvit train classify`, such as --data, --model, --epochs, "
         "--train-images, --recipe; they hold for all rows.",
     )
-    ablation.add_argument(
-        "table", help="table2 (kernels), table3 (Kronecker products), table7 (softmax residual), ape, or shortcut"
-    )
-    ablation.add_argument("--seeds", type=positive, default=3, help="trains with seeds 0 to SEEDS - 1 (default: 3)")
-    ablation.add_argument("--rows", metavar="A,B,…", help="some rows of the table; the default row is always trained")
-    ablation.add_argument("--output", metavar="FOLDER", help="default: runs/ablate-TABLE-MODEL-DATA")
+    add = ablation.add_argument
+    add("table", help="table2 (kernels), table3 (Kronecker products), table7 (softmax residual), ape, or shortcut")
+    add("--seeds", type=positive, default=3, help="trains with seeds 0 to SEEDS - 1 (default: 3)")
+    add("--rows", metavar="A,B,…", help="some rows of the table; the default row is always trained")
+    add("--output", metavar="FOLDER", help="default: runs/ablate-TABLE-MODEL-DATA")
     ablation.set_defaults(command=ablate, own_options=True)
 
 
@@ -55,7 +54,7 @@ def train_task(args: argparse.Namespace) -> None:
     """``qtvit train TASK``; its options are the fields of the task's configuration, such as
     ``qtvit.tasks.classify.config.ClassifyConfig``.
     """
-    _print_summary(_train(args.task, args.rest))
+    _train(args.task, args.rest)
 
 
 def quickstart(args: argparse.Namespace) -> None:
@@ -72,17 +71,22 @@ def quickstart(args: argparse.Namespace) -> None:
         write_scenes(start.scenes, args.task, start.num_train, start.num_val)
         argv += ["--data", start.scenes]
     summary = _train(args.task, argv)
-    _print_summary(summary)
     if summary is not None:
         print(start.next.format(command=command_name(), run=summary.run, data=start.scenes))
 
 
 def _train(task: str, argv: list[str]) -> "Summary | None":
+    """Train and print the summary; under torchrun only the first process has one."""
     from qtvit import tasks
     from qtvit.training.job import train
     from qtvit.training.options import parse_config
 
-    return train(parse_config(argv, tasks.get(task).load("config")))
+    summary = train(parse_config(argv, tasks.get(task).load("config")))
+    if summary is not None:
+        print(f"\nDone: {summary.run}")
+        for name, text in summary.lines():
+            print(f"  {name:<12} {text}")
+    return summary
 
 
 def ablate(args: argparse.Namespace) -> None:
@@ -106,11 +110,3 @@ def ablate(args: argparse.Namespace) -> None:
     for line in lines:
         console.result(line)
     print(f"results: {ablation.folder}/results.json, results.md, results.png")
-
-
-def _print_summary(summary: "Summary | None") -> None:
-    """Of processes under torchrun, the first one has a summary."""
-    if summary is not None:
-        print(f"\nDone: {summary.run}")
-        for name, text in summary.lines():
-            print(f"  {name:<12} {text}")

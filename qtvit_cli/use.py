@@ -1,8 +1,8 @@
-"""Using trained models: ``qtvit eval``, ``predict`` and ``explain``; what differs by task comes from `qtvit.tasks`."""
+"""Use trained models: ``qtvit eval``, ``predict`` and ``explain``; what differs by task comes from `qtvit.tasks`."""
 
 import argparse
 import os
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,30 +27,60 @@ if TYPE_CHECKING:
 
 def add_use(commands: Commands) -> None:
     """Add the commands that use a trained model."""
-    _add_eval(commands)
-    _add_predict(commands)
+    evaluation: Any = commands.add_parser("eval", help="score a trained model on labelled images")
+    add = evaluation.add_argument
+    add("run", help=f"{RUN}, or an exported file")
+    add(
+        "--data",
+        required=True,
+        help="folder of CLASS/*.jpg, folder with val/CLASS/*.jpg, or digits; for a detector, folder in COCO's layout; "
+        "for a segmenter, folder of images and masks",
+    )
+    add("--threads", type=positive, help="CPU threads of the network (default: the cores that loading leaves)")
+    add("--num-workers", type=int, help="processes that load images (default: one per core less one)")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    add("--output", help="folder to create for the report (default: runs/eval-RUN-DATA, numbered when taken)")
+    add("--json", type=new_file, metavar="FILE", help="also write all scores to FILE")
+    evaluation.complete = partial(add_task_options, evaluation, "eval_options")
+    evaluation.set_defaults(command=evaluate)
+
+    prediction: Any = commands.add_parser(
+        "predict", help="label images, their objects or their pixels with a trained model"
+    )
+    add = prediction.add_argument
+    add("run", help=f"{RUN}, or an exported file")
+    add("images", nargs="+", help="image files, or folders of them")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    add("--threads", type=positive, help="CPU threads of the network (default: one per core)")
+    add("--json", type=new_file, metavar="FILE", help="also write the predictions to FILE")
+    add(
+        "--save",
+        type=pictures,
+        metavar="PATH",
+        help="also draw them: sheets of small pictures if PATH ends in .png or .jpg, else a folder of large ones",
+    )
+    add("--on-bad-image", choices=("stop", "skip"), default="stop", help="what to do about unreadable files (stop)")
+    prediction.complete = partial(add_task_options, prediction, "predict_options")
+    prediction.set_defaults(command=predict)
 
     explanation = commands.add_parser("explain", help="draw what the attention of a model looks at in an image")
-    explanation.add_argument("run", help=RUN)
-    explanation.add_argument("image", help="image file")
-    explanation.add_argument(
+    add = explanation.add_argument
+    add("run", help=RUN)
+    add("image", help="image file")
+    add(
         "--at",
         action="append",
         default=[],
         metavar="X,Y",
         help="point that attends, in pixels from the upper left one, 0,0; may be repeated (default: the centre)",
     )
-    explanation.add_argument("--grid", metavar="RxC", help="points all over the image, in R rows and C columns")
-    explanation.add_argument(
-        "--layer", default="-1", help="attention layer: 0 the first, -1 the last, or a name as stages.2.1.attn (-1)"
-    )
-    explanation.add_argument("--head", default="mean", help="number of a head, mean, or all, side by side (mean)")
-    explanation.add_argument(
-        "--compare", nargs="+", default=[], metavar="RUN", help="runs to draw beside it, as of other kernels"
-    )
-    explanation.add_argument("--img-size", metavar="SIZE", help="shorter side to show it at, or HEIGHTxWIDTH")
-    explanation.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
-    explanation.add_argument(
+    add("--grid", metavar="RxC", help="points all over the image, in R rows and C columns")
+    add("--layer", default="-1", help="attention layer: 0 the first, -1 the last, or a name as stages.2.1.attn (-1)")
+    add("--head", default="mean", help="number of a head, mean, or all, side by side (mean)")
+    add("--compare", nargs="+", default=[], metavar="RUN", help="runs to draw beside it, as of other kernels")
+    add("--img-size", metavar="SIZE", help="shorter side to show it at, or HEIGHTxWIDTH")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    add(
         "--output",
         type=new_file,
         metavar="NAME",
@@ -58,52 +88,6 @@ def add_use(commands: Commands) -> None:
         "NAME-focus.png",
     )
     explanation.set_defaults(command=explain)
-
-
-def _add_eval(commands: Commands) -> None:
-    evaluation: Any = commands.add_parser("eval", help="score a trained model on labelled images")
-    evaluation.add_argument("run", help=f"{RUN}, or an exported file")
-    evaluation.add_argument(
-        "--data",
-        required=True,
-        help="folder of CLASS/*.jpg, folder with val/CLASS/*.jpg, or digits; for a detector, folder in COCO's layout; "
-        "for a segmenter, folder of images and masks",
-    )
-    evaluation.add_argument(
-        "--threads", type=positive, help="CPU threads of the network (default: the cores that loading leaves)"
-    )
-    evaluation.add_argument(
-        "--num-workers", type=int, help="processes that load images (default: one per core less one)"
-    )
-    evaluation.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
-    evaluation.add_argument(
-        "--output", help="folder to create for the report (default: runs/eval-RUN-DATA, numbered when taken)"
-    )
-    evaluation.add_argument("--json", type=new_file, metavar="FILE", help="also write all scores to FILE")
-    evaluation.complete = partial(add_task_options, evaluation, "eval_options")
-    evaluation.set_defaults(command=evaluate)
-
-
-def _add_predict(commands: Commands) -> None:
-    prediction: Any = commands.add_parser(
-        "predict", help="label images, their objects or their pixels with a trained model"
-    )
-    prediction.add_argument("run", help=f"{RUN}, or an exported file")
-    prediction.add_argument("images", nargs="+", help="image files, or folders of them")
-    prediction.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
-    prediction.add_argument("--threads", type=positive, help="CPU threads of the network (default: one per core)")
-    prediction.add_argument("--json", type=new_file, metavar="FILE", help="also write the predictions to FILE")
-    prediction.add_argument(
-        "--save",
-        type=pictures,
-        metavar="PATH",
-        help="also draw them: sheets of small pictures if PATH ends in .png or .jpg, else a folder of large ones",
-    )
-    prediction.add_argument(
-        "--on-bad-image", choices=("stop", "skip"), default="stop", help="what to do about unreadable files (stop)"
-    )
-    prediction.complete = partial(add_task_options, prediction, "predict_options")
-    prediction.set_defaults(command=predict)
 
 
 def evaluate(args: argparse.Namespace) -> None:
@@ -118,7 +102,7 @@ def evaluate(args: argparse.Namespace) -> None:
     set_threads(args.threads, args.num_workers)
     predictor: Any = Predictor.load(args.run, args.device)
     commands = tasks.get(predictor.task).load("commands")()
-    take_task_options(args, "eval_options", predictor.task, _foreign_option(args.run, predictor.task))
+    take_task_options(args, "eval_options", predictor.task, args.run)
     score = commands.evaluate(args, predictor)
     folder = create_run_folder(args.output, f"eval-{run_name(args.run)}-{Path(args.data).resolve().name}")
     with clean_up(folder):
@@ -146,7 +130,7 @@ def predict(args: argparse.Namespace) -> None:
 
     predictor: Any = Predictor.load(args.run, args.device, args.threads)
     task = tasks.get(predictor.task).load("commands")()
-    take_task_options(args, "predict_options", predictor.task, _foreign_option(args.run, predictor.task))
+    take_task_options(args, "predict_options", predictor.task, args.run)
     files = _find_files(args.images)
     writer: FolderWriter | SheetWriter | None = None
     if args.save:
@@ -193,13 +177,8 @@ def predict(args: argparse.Namespace) -> None:
         print(f"masks: {some(masks)}")
 
 
-def _foreign_option(run: str, task: str) -> Callable[[str, str], str]:
-    """What to say of an option of another task than that of ``run``."""
-    return lambda flag, owner: f"{flag} is not for a model that was trained to {task}, as {run}"
-
-
 def _find_files(names: Sequence[str]) -> dict[Path, Path]:
-    """The images that ``names``, of files or folders, stand for, each with its path in that folder."""
+    """The images that ``names`` of files or folders stand for, each with its path relative to its folder."""
     from qtvit.data import find_images
 
     files: dict[Path, Path] = {}
@@ -243,14 +222,15 @@ def explain(args: argparse.Namespace) -> None:
     if Path(args.image).resolve() in [path.resolve() for path in [*pictures, *raw]]:
         raise ValueError(f"--output {name} would overwrite {args.image}; name another one")
     if args.grid or not points:
-        check_maps(len(points) + grid[0] * grid[1], [1], "mean")  # before that many points are made
+        check_maps(len(points) + grid[0] * grid[1], [1], "mean")  # before a huge number of points is made
         points += grid_points(*grid, image.size)
     check_points(points, image.size)
     make_parent(pictures[0])
 
     views: dict[str, View] = {}
     for run in (args.run, *args.compare):
-        views[_unused(run_name(run), views)] = look(run, image, img_size, args.device)
+        names = [run_name(run), *(f"{run_name(run)} ({number})" for number in range(2, len(args.compare) + 2))]
+        views[next(each for each in names if each not in views)] = look(run, image, img_size, args.device)
     check_maps(len(points), [view.num_heads(layer) for view in views.values()], head)
     rows = {run: view.attention(points, layer) for run, view in views.items()}
     draw_attention(rows, pictures[0], head, grid[1] if len(points) == grid[0] * grid[1] else None)
@@ -270,12 +250,3 @@ def explain(args: argparse.Namespace) -> None:
         shape = " x ".join(map(str, attention.weights.shape))
         print(f"written: {path} (float32, points x heads x height x width: {shape})")
     print(f"written: {pictures[1]}")
-
-
-def _unused(name: str, taken: Container[str]) -> str:
-    """``name``, numbered if it is taken."""
-    number, unused = 1, name
-    while unused in taken:
-        number += 1
-        unused = f"{name} ({number})"
-    return unused

@@ -5,35 +5,28 @@ import json
 import shlex
 from pathlib import Path
 
-from .common import RUN, Commands, command_name, make_parent, new_file, positive
+from .common import RUN, Commands, command_name, make_parent, new_file, pick, positive
 
 
 def add_weights(commands: Commands) -> None:
-    """Add the commands on files of weights."""
+    """Add the commands about files of weights and models."""
     conversion = commands.add_parser(
         "convert",
         help="make a model file of weights of others: the authors' release, EfficientViT (MIT's, timm's)",
         description="Finds the model that the weights are of, maps every tensor, and writes a model file that every "
         "command and timm take; whatever it cannot explain is an error.",
     )
-    conversion.add_argument("src", help="weights (.pt, .pth, .safetensors), model file, run folder, or nano-cifar10")
-    conversion.add_argument(
-        "dst", type=new_file, help="file to write: .safetensors; with --to released .pt or .pth too"
-    )
-    conversion.add_argument("--model", metavar="NAME", help="the model they have to be of (default: found by shapes)")
-    conversion.add_argument(
-        "--kernel", metavar="NAME", help="attention kernel of the model to write (taylor2 for EfficientViT's weights)"
-    )
-    conversion.add_argument(
-        "--img-size", nargs=2, type=positive, metavar=("H", "W"), help="image size to resize positional maps to"
-    )
-    conversion.add_argument("--ema", action="store_true", help="take the moving average in a training checkpoint")
-    conversion.add_argument("--classes", type=Path, metavar="FILE", help="names of the classes, one a line")
-    conversion.add_argument(
-        "--to", choices=("qtvit", "released"), default="qtvit", help="released: names of the authors' code (qtvit)"
-    )
-    conversion.add_argument("--overwrite", action="store_true", help="replace DST if it exists")
-    conversion.add_argument("-v", "--verbose", action="store_true", help="list every tensor")
+    add = conversion.add_argument
+    add("src", help="weights (.pt, .pth, .safetensors), model file, run folder, or nano-cifar10")
+    add("dst", type=new_file, help="file to write: .safetensors; with --to released .pt or .pth too")
+    add("--model", metavar="NAME", help="the model they have to be of (default: found by shapes)")
+    add("--kernel", metavar="NAME", help="attention kernel of the model to write (taylor2 for EfficientViT's weights)")
+    add("--img-size", nargs=2, type=positive, metavar=("H", "W"), help="image size to resize positional maps to")
+    add("--ema", action="store_true", help="take the moving average in a training checkpoint")
+    add("--classes", type=Path, metavar="FILE", help="names of the classes, one a line")
+    add("--to", choices=("qtvit", "released"), default="qtvit", help="released: names of the authors' code (qtvit)")
+    add("--overwrite", action="store_true", help="replace DST if it exists")
+    add("-v", "--verbose", action="store_true", help="list every tensor")
     conversion.set_defaults(command=convert)
 
     publication = commands.add_parser(
@@ -43,14 +36,13 @@ def add_weights(commands: Commands) -> None:
         "the folder of RUN is the card; without one it is written from what the run says, but does not replace one on "
         "the Hub. `hf auth login`, or HF_TOKEN, says who you are.",
     )
-    publication.add_argument("run", help=RUN)
-    publication.add_argument("name", metavar="USER/MODEL", help="what to call it on the Hub; made if it is not there")
-    publication.add_argument("--private", action="store_true", help="nobody else is to see it")
-    publication.add_argument("--folder", metavar="DIR", help="write the files to a new folder, and upload nothing")
-    publication.add_argument("--license", metavar="ID", help="of the weights, as the Hub calls it: apache-2.0, mit, …")
-    publication.add_argument(
-        "--dataset", metavar="ID", help="what it was trained on, if that is on the Hub: uoft-cs/cifar10, …"
-    )
+    add = publication.add_argument
+    add("run", help=RUN)
+    add("name", metavar="USER/MODEL", help="what to call it on the Hub; made if it is not there")
+    add("--private", action="store_true", help="nobody else is to see it")
+    add("--folder", metavar="DIR", help="write the files to a new folder, and upload nothing")
+    add("--license", metavar="ID", help="of the weights, as the Hub calls it: apache-2.0, mit, …")
+    add("--dataset", metavar="ID", help="what it was trained on, if that is on the Hub: uoft-cs/cifar10, …")
     publication.set_defaults(command=push)
 
     models = commands.add_parser("models", help="list the models with size, cost and published accuracy")
@@ -72,9 +64,8 @@ def convert(args: argparse.Namespace) -> None:
 
     from qtvit import checkpoints
 
-    conversion = checkpoints.convert(
-        args.src, model=args.model, kernel=args.kernel, img_size=args.img_size, ema=args.ema, classes=classes
-    )
+    options = pick(args, "model", "kernel", "img_size", "ema")
+    conversion = checkpoints.convert(args.src, classes=classes, **options)
     if released:
         checkpoints.save_released(args.dst, conversion.state_dict, conversion.info)
     else:
@@ -88,9 +79,7 @@ def push(args: argparse.Namespace) -> None:
     """``qtvit push``."""
     from qtvit.checkpoints import push_model
 
-    place = push_model(
-        args.run, args.name, folder=args.folder, private=args.private, license=args.license, dataset=args.dataset
-    )
+    place = push_model(args.run, args.name, **pick(args, "folder", "private", "license", "dataset"))
     if args.folder:
         print(f"written: {place} (model.safetensors, config.json, README.md)")
         print(f'it loads like a run folder, and as timm.create_model("local-dir:{place}", pretrained=True)')

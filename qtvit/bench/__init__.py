@@ -1,1 +1,1 @@
-"""Benchmarks: candidates take turns in one process, and what is reported is the ratio to a peer."""
+"""Benchmarks: candidates take turns in one process, and their times are compared with a peer's."""

@@ -1,8 +1,8 @@
-"""The models that are measured: found by name, with activations of ordinary size, and brought into inference form."""
+"""The models to measure: found by name, with activations of ordinary size, and brought into inference form."""
 
 import copy
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -21,24 +21,24 @@ from qtvit.ops import KERNELS
 from .released import as_released
 
 FORMS = {"plain": "as trained", "released": "as released"}
-"""Prefixes of a model's name that ask for another form than that for inference, and what that is called."""
+"""Forms other than the inference form, by the prefix of a model's name that asks for them."""
 HUB = "hf-hub:"
 NUM_IMAGES = 8
-"""Of noise, whose statistics stand in for those of training."""
+"""Number of noise images whose statistics stand in for those of training."""
 TOLERANCE = 1e-3
-"""By how much folding BatchNorms may change the outputs, relative to the largest."""
+"""Largest change of the outputs that folding BatchNorms may cause, relative to the largest output."""
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A model to measure, as the command names it: ``[plain:|released:]MODEL[:KERNEL]``.
+    """A model to measure, named ``[plain:|released:]MODEL[:KERNEL]``.
 
     Attributes:
-        name: all of that.
-        source: MODEL: a name, ours or timm's, a run folder, a model file, or an exported file.
+        name: the whole name.
+        source: MODEL: a name of ours or timm's, a run folder, a model file, or an exported file.
         kernel: attention kernel to build a model of ours with.
-        form: "inference"; or "as trained" (plain:), the network without anything fused; or "as released" (released:),
-            one of ours with its attention written as in the authors' code.
+        form: "inference"; "as trained" (plain:), with nothing fused; or "as released" (released:), a model of ours with
+            its attention written as in the authors' code.
     """
 
     name: str
@@ -49,7 +49,7 @@ class Candidate:
 
     @classmethod
     def parse(cls, text: str) -> "Candidate":
-        """Of what a user wrote."""
+        """The candidate that a user's ``text`` names."""
         prefix, _, source = text.partition(":")
         source = source if prefix in FORMS else text
         head, _, tail = source.rpartition(":")
@@ -58,7 +58,7 @@ class Candidate:
 
     @property
     def exported(self) -> Path | None:
-        """The file, if it is one that `qtvit export` wrote; FileNotFoundError if it is not there."""
+        """The path if ``source`` is a file from `qtvit export`, else None; FileNotFoundError if it does not exist."""
         if not format_of(self.source):
             return None
         if not Path(self.source).is_file():
@@ -67,7 +67,7 @@ class Candidate:
 
     @cached_property
     def module(self) -> nn.Module:
-        """The network in evaluation mode, with the weights of the file or folder, or random ones, the same each time.
+        """The network in evaluation mode, with the weights of its file or folder, or random ones with a fixed seed.
 
         Raises:
             FileNotFoundError, ValueError: there is no such model, or it has no kernels to choose from.
@@ -83,17 +83,17 @@ class Candidate:
             return model.eval()
         is_shipped = (SHIPPED_WEIGHTS / f"{self.source}.safetensors").is_file()
         if not (is_shipped or self.source.startswith(HUB) or Path(self.source).exists()):
-            return build_model(self.source)  # which says what it is called instead
+            return build_model(self.source)  # raises an error that suggests similar names
         return load_model(self.source, task="classify", **model_args)[0]
 
     def measured(self, img_size: tuple[int, int], eager_cpu: bool = False) -> nn.Module:
-        """The network in the form that is measured, at ``img_size`` (H, W); ``eager_cpu`` as for `inference_form`."""
+        """The network in `form`, for images of ``img_size`` (H, W); see `inference_form` for ``eager_cpu``."""
         if self.form == "inference":
             return inference_form(self.module, img_size, eager_cpu)
         return as_released(self.module) if self.form == "as released" else self.module
 
     def num_macs(self, form: nn.Module, img_size: tuple[int, int]) -> int:
-        """MACs per image that the outputs need: those of the network as it is trained, or of ``form`` if less."""
+        """MACs per image that the outputs need: those of the trained network, or of its ``form`` if that has fewer."""
         if img_size not in self._macs:
             self._macs[img_size] = min(model_cost(each, img_size).num_macs for each in (self.module, form))
         return self._macs[img_size]
@@ -101,10 +101,10 @@ class Candidate:
 
 @torch.no_grad()
 def settle(model: nn.Module) -> None:
-    """Give a network with random weights BatchNorms as after training: statistics of its inputs, no gains of 0.
+    """Give the BatchNorms of a network with random weights the statistics of noise images, and gains other than 0.
 
-    Residual branches often begin with a gain of 0, and activations fade from layer to layer, until they are so small
-    that CPUs take several times as long for them.
+    Otherwise activations fade from layer to layer, also because residual branches often start with a gain of 0, until
+    they are denormal numbers, with which CPUs are several times slower.
     """
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     momenta = [norm.momentum for norm in norms]
@@ -116,7 +116,7 @@ def settle(model: nn.Module) -> None:
         if norm.affine and not norm.weight.any():
             nn.init.ones_(norm.weight)
         norm.reset_running_stats()
-        norm.momentum = None  # the mean of all batches, of which there is one
+        norm.momentum = None  # running statistics become the mean over all batches, here a single one
         norm.train()
     model(images)
     for norm, momentum in zip(norms, momenta, strict=True):
@@ -125,11 +125,10 @@ def settle(model: nn.Module) -> None:
 
 
 def inference_form(model: nn.Module, img_size: tuple[int, int], eager_cpu: bool = False) -> nn.Module:
-    """A copy of ``model`` with as little to do as its outputs allow: branches merged, BatchNorms in the convolutions.
+    """A copy of ``model`` with the least work for the same outputs: branches merged, BatchNorms folded.
 
-    Ours are fused for ``img_size`` as `qtvit export` does it, or with ``eager_cpu`` as `qtvit predict` does. Others are
-    brought into their own form with timm's ``reparameterize_model``, and then `fold_batch_norms` does what the
-    compilers of inference do anyway.
+    Ours are fused for ``img_size`` as `qtvit export` does it, or with ``eager_cpu`` as `qtvit predict` does. Others go
+    through timm's ``reparameterize_model``, and then `fold_batch_norms`, which inference compilers do anyway.
     """
     if isinstance(model, QTViT):
         return fuse(model, img_size, eager_cpu=eager_cpu)
@@ -139,23 +138,23 @@ def inference_form(model: nn.Module, img_size: tuple[int, int], eager_cpu: bool 
 
 @torch.no_grad()
 def fold_batch_norms(model: nn.Module, example: Tensor) -> nn.Module:
-    """A copy in which each BatchNorm that reads the output of a convolution has become part of it.
+    """A copy in which each BatchNorm that follows a convolution is folded into it.
 
-    Who reads whose output is seen by running ``example`` (B, C, H, W). If the outputs then change by more than
-    `TOLERANCE`, something else read it too, and the copy is left as it was.
+    Which one follows which is found by running ``example`` (B, C, H, W). If folding changes the outputs by more than
+    `TOLERANCE`, something else read the output of a convolution too, and the copy is returned as it was.
     """
     folded = copy.deepcopy(model).eval()
-    made_by: dict[int, tuple[Tensor, nn.Conv2d]] = {}  # by id; the tensor is kept, so that the id stays its own
-    pairs: list[tuple[nn.Conv2d, str, nn.Module]] = []
+    made_by: dict[int, tuple[Tensor, nn.Conv2d]] = {}  # by id of the tensor, which is kept so that the id stays unique
+    pairs: list[tuple[nn.Conv2d, str, nn.BatchNorm2d]] = []
 
     def note(name: str, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         if isinstance(module, nn.Conv2d):
             made_by[id(output)] = (output, module)
-        elif found := made_by.get(id(inputs[0])):
+        elif isinstance(module, nn.BatchNorm2d) and (found := made_by.get(id(inputs[0]))):
             pairs.append((found[1], name, module))
 
     hooks = [
-        module.register_forward_hook(lambda module, inputs, output, name=name: note(name, module, inputs, output))
+        module.register_forward_hook(partial(note, name))
         for name, module in folded.named_modules()
         if isinstance(module, (nn.Conv2d, nn.BatchNorm2d))
     ]
@@ -164,14 +163,12 @@ def fold_batch_norms(model: nn.Module, example: Tensor) -> nn.Module:
         hook.remove()
     made_by.clear()
     for conv, name, norm in pairs:
-        assert isinstance(norm, nn.BatchNorm2d)
-        assert norm.running_mean is not None
-        assert norm.running_var is not None
-        conv.weight, bias = fuse_conv_bn_weights(
-            conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
-        )
-        conv.bias = bias
-        # timm's norms hold what comes after them as well
+        mean, var = norm.running_mean, norm.running_var
+        assert mean is not None
+        assert var is not None
+        fused = fuse_conv_bn_weights(conv.weight, conv.bias, mean, var, norm.eps, norm.weight, norm.bias)
+        conv.weight, conv.bias = fused
+        # timm's norm layers include the dropout and activation that follow the norm.
         rest = [part for part in (getattr(norm, "drop", None), getattr(norm, "act", None)) if part is not None]
         folded.set_submodule(name, nn.Sequential(*rest) if rest else nn.Identity())
     difference = (folded(example) - before).abs().max()

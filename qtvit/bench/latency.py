@@ -1,4 +1,4 @@
-"""How long networks take for an image: by runtime, precision, image size and batch size, next to a peer.
+"""Time of a forward pass by runtime, precision, image size and batch size, next to a peer.
 
 Shapes: B batch, H x W image.
 """
@@ -7,11 +7,10 @@ import copy
 import itertools
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory, mkdtemp
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,27 +28,16 @@ from .peak import matmul_peaks
 from .runtimes import RUNTIMES, Run, check_runtimes
 
 TURN = 0.05
-"""Seconds of a turn, at least."""
+"""Minimum length of a candidate's turn, in seconds."""
 RUNTIME_OF = {"onnx": "onnxruntime", "openvino": "openvino", "torch": "torch.export"}
-"""What exported files run in, by their format."""
+"""Runtime of an exported file by its format."""
 
 
-@dataclass
-class Entry:
-    """A network, ready to run in one runtime and precision at one size; ``row`` is what is reported of it."""
+class Entry(NamedTuple):
+    """A network opened in one runtime and precision at one size; ``row`` is its row of the report."""
 
     row: dict[str, Any]
     run: Run
-
-    @property
-    def name(self) -> str:
-        """What tells it from the others of that size."""
-        return name_of(self.row["model"], self.row["runtime"], self.row["precision"])
-
-
-def name_of(model: str, runtime: str, precision: str) -> str:
-    """The `Entry.name` of a model there."""
-    return f"{model} {runtime} {precision}"
 
 
 def bench_latency(
@@ -65,74 +53,66 @@ def bench_latency(
     memory: bool = False,
     peak: bool = True,
 ) -> dict[str, Any]:
-    """The time of a forward pass of each of ``models`` next to ``peer``, in every combination of the other arguments.
+    """Time a forward pass of ``models`` and ``peer`` in every combination of the other arguments.
 
-    All networks, runtimes and precisions take turns of `TURN` seconds or more at an image size and a batch size. They
-    are measured in their inference form (`qtvit.bench.candidates.inference_form`); one that a runtime cannot take is
-    left out, and listed with the reason.
+    At each image size and batch size, all networks, runtimes and precisions take turns of at least `TURN` seconds. The
+    networks are in their inference form (`qtvit.bench.candidates.inference_form`); one that a runtime cannot run is
+    listed with the reason instead.
 
     Args:
-        models: as `qtvit.bench.candidates.Candidate.parse` takes them. Exported files run in the runtime, precision
-            and image size they were exported for.
-        peer: the model that the ratios are to, at the same runtime, precision, image size and batch size; if it is an
-            exported file, whatever the others' runtime and precision.
+        models: see `qtvit.bench.candidates.Candidate`. Exported files run in the runtime, precision and image size they
+            were exported for.
+        peer: what the others' times are divided by, at the same runtime, precision and sizes. An exported file is the
+            peer of all runtimes and precisions.
         runtimes: names in `qtvit.bench.runtimes.RUNTIMES`.
         precisions: names in `qtvit.bench.runtimes.DTYPES`.
         img_sizes: (H, W) of the images.
         batch_sizes: images per forward pass.
-        rounds: turns that count.
+        rounds: timed turns of each network.
         device: see `qtvit.device.resolve_device`.
-        memory: measure the peak memory as well.
-        peak: measure this machine's matrix products as well, and report which part of that speed the networks reach.
+        memory: also measure the peak memory.
+        peak: also measure this machine's matrix products, and report the fraction of their speed that networks reach.
 
     Returns:
-        "settings", "environment", "matmul_peaks" by precision, "rows", each with "seconds" of all rounds and what they
-        come to, and "failed".
+        "settings", "environment", "matmul_peaks" by precision, "rows" with the "seconds" of every round and values
+        derived from them, and "failed".
 
     Raises:
-        FileNotFoundError, ValueError, ModuleNotFoundError: a model, runtime, precision, size or device that there is
-            not, or all networks failed.
+        FileNotFoundError, ValueError, ModuleNotFoundError: a model, runtime, precision, size or device cannot be used,
+            or no network could be measured.
     """
     check_counts(rounds=rounds, **{"batch size": min(batch_sizes, default=0)})
     where = resolve_device(device)
     check_runtimes(runtimes, precisions, where)
     candidates = [Candidate.parse(name) for name in dict.fromkeys([*models, peer])]
-    for candidate in candidates:
-        if not candidate.exported:
-            for img_size in img_sizes:
-                check_img_size(candidate.module, img_size)
+    networks = [candidate for candidate in candidates if not candidate.exported]
+    for candidate, img_size in itertools.product(networks, img_sizes):
+        check_img_size(candidate.module, img_size)
     rows: list[dict[str, Any]] = []
     failed: list[dict[str, Any]] = []
     peaks: dict[str, Any] = {}
-    ways = [(runtime, precision) for runtime in runtimes for precision in precisions]
-    # those that are compared take their turns one after the other
+    # In this order, networks that are compared take their turns one after the other.
     pairs: list[tuple[Candidate, tuple[str, str] | None]]
-    pairs = [(c, way) for way in ways for c in candidates if not c.exported]
+    pairs = [(c, way) for way in itertools.product(runtimes, precisions) for c in networks]
     pairs += [(c, None) for c in candidates if c.exported]
     with plain_fp32():
         for img_size, batch_size in itertools.product(img_sizes, batch_sizes):
             images = example_images(batch_size, img_size, where)
             with TemporaryDirectory(prefix="qtvit-bench-") as folder:
-                entries = [
+                prepared = (
                     prepare(candidate, way, images, folder, failed, memory)
                     for candidate, way in progress(pairs, desc="Preparing", unit="network")
-                ]
-                ready = [entry for entry in entries if entry]
-                for precision in dict.fromkeys(entry.row["precision"] for entry in ready if peak):
-                    if precision not in peaks:
-                        peaks[precision] = matmul_peaks(runtimes, precision, where)
+                )
+                ready = [entry for entry in prepared if entry]
+                for precision in [entry.row["precision"] for entry in ready if peak]:
+                    peaks[precision] = peaks.get(precision) or matmul_peaks(runtimes, precision, where)
                 rows += measure(ready, peer, where, rounds, peaks)
     if not rows:
         raise ValueError(f"nothing could be measured: {failed[0]['reason']}")
+    settings: dict[str, Any] = {"peer": peer, "runtimes": list(runtimes), "precisions": list(precisions)}
+    settings |= {"img_sizes": [*map(list, img_sizes)], "batch_sizes": list(batch_sizes), "rounds": rounds}
     return {
-        "settings": {
-            "peer": peer,
-            "runtimes": list(runtimes),
-            "precisions": list(precisions),
-            "img_sizes": [list(size) for size in img_sizes],
-            "batch_sizes": list(batch_sizes),
-            "rounds": rounds,
-        },
+        "settings": settings,
         "environment": environment(where),
         "matmul_peaks": peaks,
         "rows": rows,
@@ -141,7 +121,7 @@ def bench_latency(
 
 
 def example_images(batch_size: int, img_size: tuple[int, int], device: torch.device) -> Tensor:
-    """(B, 3, H, W) of noise, the same each time."""
+    """Noise (B, 3, H, W), the same at every call."""
     return torch.randn(batch_size, 3, *img_size, generator=torch.Generator().manual_seed(0)).to(device)
 
 
@@ -153,9 +133,10 @@ def prepare(
     failed: list[dict[str, Any]],
     memory: bool = False,
 ) -> Entry | None:
-    """``candidate`` in the runtime and precision of ``way``, or in its own if it is an exported file.
+    """Open ``candidate`` in ``way``, a runtime and precision; None for an exported file, which has its own.
 
-    None if it cannot run there: then the reason is said, and added to ``failed``. Files are left in ``folder``.
+    Its files are written to ``folder``. Returns None if it cannot run there; the reason is printed and added to
+    ``failed``.
     """
     runtime, precision = way or ("", "")
     row: dict[str, Any] = {
@@ -173,7 +154,7 @@ def prepare(
         return _open(candidate, row, images, path, memory)
     except (OSError, ImportError):
         raise
-    except Exception as error:  # whatever exporters, compilers and runtimes raise about what they cannot take
+    except Exception as error:  # exporters, compilers and runtimes raise all kinds about what they do not support
         reason = " ".join((str(error) or type(error).__name__).split())[:300]
         failed.append({**row, "reason": reason})
         say(f"left out: {' '.join(filter(None, (candidate.name, runtime, precision)))}: {reason}")
@@ -181,7 +162,7 @@ def prepare(
 
 
 def _open(candidate: Candidate, row: dict[str, Any], images: Tensor, path: Path, memory: bool) -> Entry:
-    """The network in the runtime and precision of the row."""
+    """Open the network in the runtime and precision of ``row``, compare its output with PyTorch's, complete ``row``."""
     runtime, precision, img_size = row["runtime"], row["precision"], (images.shape[-2], images.shape[-1])
     eager_cpu = RUNTIMES[runtime].eager and precision == "fp32" and images.device.type == "cpu"
     form = candidate.measured(img_size, eager_cpu)
@@ -205,7 +186,7 @@ def _open(candidate: Candidate, row: dict[str, Any], images: Tensor, path: Path,
 
 
 def _open_exported(candidate: Candidate, row: dict[str, Any], images: Tensor) -> Entry:
-    """A file that `qtvit export` wrote, in the one runtime and precision it is for."""
+    """Open a file that `qtvit export` wrote, in the runtime and precision it is for, and complete ``row``."""
     assert candidate.exported is not None
     network = open_exported(candidate.exported, str(images.device), torch.get_num_threads())
     row.update(runtime=RUNTIME_OF[network.artifact.format], precision=network.artifact.precision, form="exported")
@@ -220,18 +201,18 @@ def _open_exported(candidate: Candidate, row: dict[str, Any], images: Tensor) ->
 def measure(
     entries: Sequence[Entry], peer: str, device: torch.device, rounds: int, peaks: Mapping[str, Any]
 ) -> list[dict[str, Any]]:
-    """The rows of ``entries``, with the times they took in turns and what these come to."""
-    seconds = in_turns({e.name: e.run for e in entries}, device=device, rounds=rounds, min_seconds=TURN)
-    exported_peer = [e.name for e in entries if e.row["model"] == peer and e.row["form"] == "exported"]
-    for entry in entries:
-        row, samples = entry.row, seconds[entry.name]
-        peer_name = exported_peer[0] if exported_peer else name_of(peer, row["runtime"], row["precision"])
+    """Time ``entries`` in turns, and return their rows with the times, ratios to ``peer`` and speeds."""
+    rows = [entry.row for entry in entries]
+    runs = {(e.row["model"], e.row["runtime"], e.row["precision"]): e.run for e in entries}
+    seconds = in_turns(runs, device=device, rounds=rounds, min_seconds=TURN)
+    peers = [key for key, row in zip(runs, rows, strict=True) if row["model"] == peer and row["form"] == "exported"]
+    for (model, runtime, precision), row in zip(runs, rows, strict=True):
+        samples = seconds[model, runtime, precision]
         median = statistics.median(samples)
         row["seconds"] = samples
         row["median_seconds"] = median
         row["images_per_second"] = row["batch_size"] / median
-        row["ratio"] = ratio_to(seconds.get(peer_name), samples)
+        row["ratio"] = ratio_to(seconds.get(peers[0] if peers else (peer, runtime, precision)), samples)
         row["gflops"] = 2e-9 * row["num_macs"] * row["batch_size"] / median
-        found = peaks.get(row["precision"])
-        row["peak_fraction"] = found and row["gflops"] / found["gflops"]
-    return [entry.row for entry in entries]
+        row["peak_fraction"] = row["gflops"] / peaks[precision]["gflops"] if precision in peaks else None
+    return rows

@@ -1,4 +1,4 @@
-"""How fast training images are read and augmented, next to timm's loader."""
+"""Speed of reading and augmenting training images, next to timm's loader."""
 
 import itertools
 import random
@@ -21,14 +21,9 @@ from qtvit.tasks.classify.transforms import TrainTransform
 
 from .measure import check_counts, environment, in_turns, paired_ratio
 
-AUGMENT: dict[str, Any] = {
-    "scale": (0.08, 1.0),
-    "ratio": (3 / 4, 4 / 3),
-    "hflip": 0.5,
-    "color_jitter": 0.0,
-    "interpolation": "bicubic",
-}
-"""For both. Of the resize, bicubic is what both mean by the same name; the published "random" is not timm's."""
+AUGMENT: dict[str, Any] = {"scale": (0.08, 1.0), "ratio": (3 / 4, 4 / 3), "hflip": 0.5, "color_jitter": 0.0}
+AUGMENT["interpolation"] = "bicubic"  # which both loaders understand alike; the published "random" is not timm's
+"""Augmentation of both loaders, beside the auto-augment policy."""
 
 
 def bench_loader(
@@ -42,24 +37,24 @@ def bench_loader(
     auto_augment: str = "rand-n1-m3-mstd1.0-inc1",
     device: str = "auto",
 ) -> dict[str, Any]:
-    """Images per second of the training loader and of timm's, until they are on the device, normalised, channels-last.
+    """Measure the images per second of the training loader and of timm's, up to channels-last batches on the device.
 
-    The loaders take turns; a turn is a whole epoch of the same images, so that when one starts, the processes of the
-    other have nothing left to do. The first two turns, in which processes start, do not count.
+    The loaders take turns. A turn is a whole epoch of the same images, so that the processes of one loader are idle
+    when the other's turn begins. The first two turns do not count, as processes start in them.
 
     Args:
         data: folder of labelled images, as for training.
         img_size: (H, W) of the batches.
         batch_size: images per batch.
-        num_workers: processes that load images, of each loader.
-        batches: in a turn; images come again if the folder has too few, and are drawn from it if it has more.
-        rounds: turns of each loader that are timed.
-        auto_augment: as for training; crop and flip are added (`AUGMENT`).
+        num_workers: processes that load images, per loader.
+        batches: batches per turn. Images are drawn from the folder, or repeated if it has too few.
+        rounds: timed turns of each loader.
+        auto_augment: policy as for training, in addition to `AUGMENT`.
         device: see `qtvit.device.resolve_device`. timm's prefetcher, which normalises there, is used on GPUs only.
 
     Returns:
         "settings", "environment", and under "loaders" for "qtvit" and "timm" the seconds of every turn, the median
-        images per second, and these as a ratio to timm's.
+        images per second, and the ratio of images per second to timm's.
 
     Raises:
         FileNotFoundError, ValueError: no such data or device, no image files, or fewer than two rounds.
@@ -97,17 +92,11 @@ def bench_loader(
 
     turns: dict[str, Callable[[], None]] = {"qtvit": next_epoch, "timm": partial(_consume, peer, where)}
     seconds = in_turns(turns, device=where, rounds=rounds)
+    settings: dict[str, Any] = {"img_size": list(img_size), "batch_size": batch_size, "num_workers": num_workers}
+    settings |= {"batches": batches, "rounds": rounds, "auto_augment": auto_augment}
+    settings |= {"interpolation": AUGMENT["interpolation"], "timm_use_prefetcher": use_prefetcher}
     return {
-        "settings": {
-            "img_size": list(img_size),
-            "batch_size": batch_size,
-            "num_workers": num_workers,
-            "batches": batches,
-            "rounds": rounds,
-            "auto_augment": auto_augment,
-            "interpolation": AUGMENT["interpolation"],
-            "timm_use_prefetcher": use_prefetcher,
-        },
+        "settings": settings,
         "environment": environment(where),
         "loaders": {
             name: {
@@ -121,7 +110,7 @@ def bench_loader(
 
 
 def _pick(data: str, number: int) -> list[tuple[Path, int]]:
-    """``number`` training images of a folder: a fixed choice of them, or all, repeated."""
+    """``number`` training images of a folder with their labels: the same random choice each time, or all, repeated."""
     found = [(source, label) for source, label in load_labelled_images(data).train if isinstance(source, Path)]
     if not found:
         raise ValueError(f"{data}: no image files, which timm's loader reads; give a folder of them")
@@ -130,7 +119,7 @@ def _pick(data: str, number: int) -> list[tuple[Path, int]]:
 
 
 def _consume(loader: Iterable[tuple[Tensor, Tensor]], device: torch.device) -> None:
-    """All batches, as the training step takes them."""
+    """Read all batches and bring them to the device as the training step does."""
     for images, labels in loader:
         labels.to(device)
         images.to(device).contiguous(memory_format=torch.channels_last)

@@ -1,4 +1,4 @@
-"""How all benchmarks measure: in turns, many times, against a peer."""
+"""How all benchmarks measure: candidates take turns, many times, and are compared with a peer round by round."""
 
 import contextlib
 import math
@@ -20,9 +20,9 @@ from qtvit.version import __version__
 Key = TypeVar("Key", bound=Hashable)
 
 CPU_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "avx_vnni", "amx_bf16", "amx_int8")
-"""What a CPU may have, as Linux calls it, that decides which precisions are fast."""
+"""CPU features, by their names in Linux, that decide which precisions are fast."""
 OTHER_PACKAGES = ("onnxruntime", "openvino")
-"""Packages that measure beside PyTorch and timm, where they are installed."""
+"""Optional packages whose versions matter where they are installed."""
 
 
 def in_turns(
@@ -35,16 +35,14 @@ def in_turns(
 ) -> dict[Key, list[float]]:
     """Seconds of each candidate in each of ``rounds``, after ``warmup`` rounds that do not count.
 
-    All take their turn before any has another, so that what else the machine does hits all of them. Every other round
-    goes backwards, so that it does not matter who comes after whom.
+    In a round every candidate has one turn, so that other load on the machine hits all of them. Every other round goes
+    backwards, so that the order does not matter.
 
     Args:
         candidates: what to run, by name.
-        device: whose work a turn waits for.
-        rounds: turns of each that count.
-        warmup: turns of each that do not.
-        min_seconds: of a turn. With it, a candidate that is quicker runs several times in a turn, once more before the
-            clock starts, so that the caches hold its data and not the last one's, and the sample is the mean.
+        device: device whose work has to be done before the clock starts and stops.
+        min_seconds: minimum length of a turn. A quicker candidate runs several times in it, and the sample is the mean;
+            it also runs once before the clock starts, so that the caches hold its data and not the last candidate's.
     """
     samples: dict[Key, list[float]] = {name: [] for name in candidates}
     calls = dict.fromkeys(candidates, 1)
@@ -53,11 +51,11 @@ def in_turns(
         for name, run in order if number % 2 == 0 else reversed(order):
             if calls[name] > 1:
                 run()
-            _synchronize(device)
+            synchronize(device)
             start = time.perf_counter()
             for _ in range(calls[name]):
                 run()
-            _synchronize(device)
+            synchronize(device)
             seconds = (time.perf_counter() - start) / calls[name]
             if number >= warmup:
                 samples[name].append(seconds)
@@ -68,7 +66,7 @@ def in_turns(
 
 @dataclass(frozen=True)
 class Ratio:
-    """Of two candidates' times, taken round by round: the median, and the quartiles as its spread."""
+    """Ratio of two candidates' times within each round: the median over the rounds, and the quartiles."""
 
     median: float
     low: float
@@ -76,18 +74,18 @@ class Ratio:
 
 
 def paired_ratio(ours: list[float], peers: list[float]) -> Ratio:
-    """ours / peers by round; needs two rounds or more."""
+    """The ratio ours / peers of times in the same rounds; needs two rounds or more."""
     low, median, high = statistics.quantiles([a / b for a, b in zip(ours, peers, strict=True)], method="inclusive")
     return Ratio(median, low, high)
 
 
 def ratio_to(peers: list[float] | None, ours: list[float]) -> dict[str, float] | None:
-    """`paired_ratio` for a result that is written as JSON; None if there is no peer."""
+    """`paired_ratio` as a dict for JSON; None if the peer has no times."""
     return None if peers is None else asdict(paired_ratio(ours, peers))
 
 
 def check_counts(**counts: int) -> None:
-    """ValueError unless there are two ``rounds``, and one or more of all else."""
+    """Raise ValueError unless ``rounds`` is 2 or more and every other count is 1 or more."""
     for name, count in counts.items():
         least = 2 if name == "rounds" else 1
         if count < least:
@@ -96,14 +94,13 @@ def check_counts(**counts: int) -> None:
 
 
 def power_law(sizes: Sequence[float], seconds: Sequence[float]) -> float:
-    """The exponent p of seconds = c·sizes^p, least squares over logarithms; needs two different sizes."""
-    x, y = [math.log(size) for size in sizes], [math.log(time) for time in seconds]
-    return statistics.linear_regression(x, y).slope
+    """The exponent p of seconds = c·sizes^p, by least squares on logarithms; needs two different sizes."""
+    return statistics.linear_regression([*map(math.log, sizes)], [*map(math.log, seconds)]).slope
 
 
 @contextlib.contextmanager
 def plain_fp32() -> Iterator[None]:
-    """Within this context fp32 on a GPU is fp32: convolutions use TF32 by default, matrix products do not."""
+    """Within this context, fp32 on a GPU is not TF32, which PyTorch uses for convolutions by default."""
     before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
     try:
         torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
@@ -113,7 +110,7 @@ def plain_fp32() -> Iterator[None]:
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """What the numbers depend on: versions, machine, threads."""
+    """What the measured times depend on: versions, machine, number of threads."""
     found = {}
     for package in OTHER_PACKAGES:
         with contextlib.suppress(metadata.PackageNotFoundError):
@@ -132,12 +129,13 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 
 def _cpu_info(name: str) -> str:
-    """The first line of that name in Linux's description of the CPU; empty if there is none."""
+    """The first value of ``name`` in Linux's /proc/cpuinfo; "" if there is none."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.is_file() else []
     return next((line.partition(":")[2].strip() for line in lines if line.startswith(name)), "")
 
 
-def _synchronize(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
+    """Wait until ``device`` has finished its work; the CPU has when a call returns."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)

@@ -1,9 +1,9 @@
-"""Published accuracy against the latency that is measured here, and who is best at what latency."""
+"""Published accuracy against the latency measured here, and the Pareto front of the two."""
 
 import csv
 import itertools
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -23,20 +23,16 @@ from .runtimes import check_runtimes
 PUBLISHED = Path(__file__).with_name("published_top1.csv")
 OURS = "QT-ViT"
 LARGE = ("qtvit_6",)
-"""Models that are left out unless they are asked for: nothing in the table of the others comes near their size."""
+"""Models to leave out unless asked for: no other family in the table has any of comparable size."""
 GROUP = 16
-"""Networks that are in memory at a time, and take turns with the peer and with each other."""
+"""Number of networks in memory at a time, which take turns with the peer and each other."""
 
 
 @dataclass(frozen=True)
 class Published:
-    """Accuracy that somebody has published.
+    """Published ImageNet-1k top-1 (in percent) of a model at an image size.
 
-    Attributes:
-        family: who the model belongs to.
-        model: name for ``timm.create_model``, with the tag of the weights.
-        img_size: side of the images it was evaluated on.
-        top1: ImageNet-1k top-1 in percent.
+    ``model`` is the name for ``timm.create_model``, with the tag of the weights; ``family`` groups models.
     """
 
     family: str
@@ -46,7 +42,7 @@ class Published:
 
     @property
     def label(self) -> str:
-        """What to call it in a table: the model and its image size."""
+        """The model and its image size, for tables."""
         return f"{self.model.split('.')[0]} {self.img_size}"
 
 
@@ -59,22 +55,22 @@ def published_results() -> list[Published]:
 
 
 def choose(patterns: Sequence[str]) -> list[Published]:
-    """The results of models, architectures or families that match any of ``patterns``; all but `LARGE` without any.
+    """Published results whose model, architecture or family matches any of ``patterns``; without any, all but `LARGE`.
 
     Raises:
-        ValueError: a pattern that nothing matches.
+        ValueError: nothing matches a pattern.
     """
     results = published_results()
     if not patterns:
         return [each for each in results if each.model not in LARGE]
-    chosen: list[Published] = []
+    names = {each: (each.model, each.model.split(".")[0], each.family) for each in results}
+    chosen: dict[Published, None] = {}
     for pattern in patterns:
-        names = {each: (each.model, each.model.split(".")[0], each.family) for each in results}
         found = [each for each in results if any(fnmatch(name, pattern) for name in names[each])]
         if not found:
             raise unknown_name("model with a published result", pattern, dict.fromkeys(sum(names.values(), ())))
-        chosen += [each for each in found if each not in chosen]
-    return chosen
+        chosen |= dict.fromkeys(found)
+    return list(chosen)
 
 
 def bench_pareto(
@@ -87,28 +83,27 @@ def bench_pareto(
     rounds: int = 10,
     device: str = "auto",
 ) -> dict[str, Any]:
-    """The latency of models at the image size of their published top-1, and which of them no other one beats in both.
+    """Measure the latency of models at the image size of their published top-1, and find the Pareto front.
 
-    Models take turns in groups with ``peer``, which is in all groups: a model's latency is its time in the peer's,
-    round by round, times the peer's median over all groups. So a machine that is slower for some time changes little.
-    It may change more for large models than for a small peer; so those of about the same accuracy, which decide on the
-    front, are in a group.
+    Models take turns in groups, and ``peer`` is in every group. A model's latency is its time divided by the peer's,
+    round by round, times the peer's median over all groups, so that a machine that is slower for some time changes
+    little. It may slow large models down more than a small peer; so models of similar accuracy, between which the front
+    is decided, are in the same group.
 
     Args:
         models: names or patterns, see `choose`.
-        peer: any model, as `qtvit.bench.candidates.Candidate.parse` takes it; measured at 224 px.
-        runtime: a name in `qtvit.bench.runtimes.RUNTIMES`.
-        precision: a name in `qtvit.bench.runtimes.DTYPES`.
+        peer: any model (`qtvit.bench.candidates.Candidate`); measured at 224 px.
+        runtime, precision: names in `qtvit.bench.runtimes.RUNTIMES` and ``DTYPES``.
         batch_size: images per forward pass.
-        rounds: turns that count.
+        rounds: timed turns of each model.
         device: see `qtvit.device.resolve_device`.
 
     Returns:
-        "settings", "environment", "rows" by latency, each with "published_top1", "latency_seconds" (of a forward pass),
+        "settings", "environment", "rows" by latency, each with "published_top1", "latency_seconds" of a forward pass,
         "on_front" and the samples; and "failed".
 
     Raises:
-        ValueError, ModuleNotFoundError: a model, runtime, precision or device that there is not; the peer failed.
+        ValueError, ModuleNotFoundError: an unknown model, runtime, precision or device, or the peer cannot be measured.
     """
     check_counts(rounds=rounds, **{"batch size": batch_size})
     where = resolve_device(device)
@@ -121,7 +116,7 @@ def bench_pareto(
     rows: list[dict[str, Any]] = []
     failed: list[dict[str, Any]] = []
     peer_seconds: list[float] = []
-    groups = list(_groups(results))
+    groups = [results[start : start + GROUP] for start in range(0, len(results), GROUP)]
     with plain_fp32():
         for number, group in enumerate(groups, start=1):
             with TemporaryDirectory(prefix="qtvit-bench-") as folder:
@@ -130,11 +125,10 @@ def bench_pareto(
                     raise ValueError(f"the peer {peer} cannot be measured: {failed[0]['reason']}")
                 entries: list[Entry] = []
                 for each in progress(group, desc=f"Preparing {number} of {len(groups)}", unit="network"):
-                    candidate = Candidate.parse(each.model)
                     images = example_images(batch_size, (each.img_size, each.img_size), where)
-                    entry = prepare(candidate, way, images, folder, failed)
+                    entry = prepare(Candidate.parse(each.model), way, images, folder, failed)
                     if entry:
-                        entry.row |= {"family": each.family, "label": each.label, "published_top1": each.top1}
+                        entry.row.update(family=each.family, label=each.label, published_top1=each.top1)
                         entry.row["model"] = f"{each.model} {each.img_size}"  # the same model may be there twice
                         entries.append(entry)
                 measured = measure([first, *entries], peer, where, rounds, {})
@@ -142,20 +136,14 @@ def bench_pareto(
                 rows += measured[1:]
     if not rows:
         raise ValueError(f"nothing could be measured: {failed[0]['reason']}")
-    typical = statistics.median(peer_seconds)
     for row in rows:
-        row["latency_seconds"] = row["ratio"]["median"] * typical
+        row["latency_seconds"] = row["ratio"]["median"] * statistics.median(peer_seconds)
     rows.sort(key=lambda row: (row["latency_seconds"], -row["published_top1"]))
     for row, on_front in zip(rows, pareto_front([r["published_top1"] for r in rows]), strict=True):
         row["on_front"] = on_front
+    settings = {"peer": peer, "runtime": runtime, "precision": precision, "batch_size": batch_size, "rounds": rounds}
     return {
-        "settings": {
-            "peer": peer,
-            "runtime": runtime,
-            "precision": precision,
-            "batch_size": batch_size,
-            "rounds": rounds,
-        },
+        "settings": settings,
         "environment": environment(where),
         "peer_seconds": peer_seconds,
         "rows": rows,
@@ -164,12 +152,6 @@ def bench_pareto(
 
 
 def pareto_front(values: Sequence[float]) -> list[bool]:
-    """Of values in the order of their cost, which are larger than all before them."""
+    """For each of ``values``, in the order of their cost, whether it is larger than all before it."""
     best = itertools.accumulate([float("-inf"), *values], max)
     return [value > before for value, before in zip(values, best, strict=False)]
-
-
-def _groups(results: Sequence[Published]) -> Iterator[Sequence[Published]]:
-    """`GROUP` at a time."""
-    for start in range(0, len(results), GROUP):
-        yield results[start : start + GROUP]

@@ -1,4 +1,4 @@
-"""The results of the benchmarks as pictures."""
+"""Pictures of the benchmarks' results."""
 
 import itertools
 from collections.abc import Mapping, Sequence
@@ -9,24 +9,32 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
+from matplotlib.text import Text
 from matplotlib.ticker import FuncFormatter
+from matplotlib.transforms import Bbox
 
 from qtvit.files import replacing
 
-from .labels import place_labels
 from .pareto import OURS
-from .tables import ratio_text, size_text
+from .tables import Result, ratio_text, size_text
 
-Result = Mapping[str, Any]
 OURS_COLOR, PEER_COLOR = "tab:red", "grey"
 FAMILY_COLORS = ["tab:blue", "tab:orange", "tab:green", "tab:purple", "tab:brown", "tab:pink", "tab:olive"]
 FAMILY_COLORS += ["tab:cyan", "navy", "black", "darkgoldenrod", "teal", "limegreen", "indigo"]
-"""No reds, which are ours."""
+"""Colours of other model families; reds are reserved for ours."""
 MARKERS = "os^Dvp"
+RADII = range(6, 80, 6)
+"""Gaps between a point and its label to try, in points of 1/72 inch. A label gets a line to its point beyond `NEAR`."""
+NEAR = 12
+DIRECTIONS = np.array([(1, 0), (1, 1), (1, -1), (0, 1), (0, -1), (-1, 1), (-1, -1), (-1, 0)])
+"""Directions from a point to its label to try at each gap, as signs of x and y."""
+MARKER = 5
+"""Half the side of the square around each point that labels keep free, in pixels."""
 
 
 def plot_latency(result: Result, out: Path) -> None:
-    """Bars of the time of a batch with quartiles, a panel for each image and batch size, a colour for each model."""
+    """Draw median times with quartiles as bars: one panel per image and batch size, one colour per model."""
     peer = result["settings"]["peer"]
     others = [name for name in dict.fromkeys(row["model"] for row in result["rows"]) if name != peer]
     colors = {peer: PEER_COLOR, **dict(zip(others, itertools.cycle((OURS_COLOR, *FAMILY_COLORS)), strict=False))}
@@ -35,9 +43,8 @@ def plot_latency(result: Result, out: Path) -> None:
         groups.setdefault((size_text(row["img_size"]), row["batch_size"]), []).append(row)
     longest = max(map(len, groups.values()))
     figure = Figure(figsize=(7.5 * len(groups), 1.5 + 0.32 * longest), layout="constrained")
-    for axes, ((size, batch), rows) in zip(
-        figure.subplots(1, len(groups), squeeze=False)[0], groups.items(), strict=True
-    ):
+    panels = figure.subplots(1, len(groups), squeeze=False)[0]
+    for axes, ((size, batch), rows) in zip(panels, groups.items(), strict=True):
         rows = sorted(rows, key=lambda row: (row["runtime"], row["precision"], row["median_seconds"]))
         _bars(
             axes,
@@ -51,7 +58,7 @@ def plot_latency(result: Result, out: Path) -> None:
 
 
 def plot_train(result: Result, out: Path) -> None:
-    """Bytes kept for the backward pass, and the time of a step."""
+    """Draw the bytes kept for the backward pass, and the time of a training step, of each model."""
     models, peer = result["models"], result["settings"]["peer"]
     colors = [PEER_COLOR if name == peer else OURS_COLOR for name in models]
     figure = Figure(figsize=(12, 1.5 + 0.4 * len(models)), layout="constrained")
@@ -61,16 +68,14 @@ def plot_train(result: Result, out: Path) -> None:
     _bars(kept, values, notes, colors, scale=1e-6)
     kept.set(title="Kept for the backward pass", xlabel=f"MB per image (ratio to {peer})")
     seconds = {name: row["step_seconds"] for name, row in models.items()}
-    notes = [
-        f"{1e3 * row['step_median_seconds']:.1f}, ratio {ratio_text(row['step_ratio'])}" for row in models.values()
-    ]
+    notes = [f"{1e3 * r['step_median_seconds']:.1f}, ratio {ratio_text(r['step_ratio'])}" for r in models.values()]
     _bars(step, seconds, notes, colors, scale=1e3)
     step.set(title="Training step", xlabel=f"ms (ratio to {peer})")
     _save(figure, result, out)
 
 
 def plot_loader(result: Result, out: Path) -> None:
-    """Images per second of each loader."""
+    """Draw the images per second of each loader."""
     loaders, settings = result["loaders"], result["settings"]
     images = settings["batches"] * settings["batch_size"]
     rates = {name: [images / seconds for seconds in row["seconds"]] for name, row in loaders.items()}
@@ -83,7 +88,7 @@ def plot_loader(result: Result, out: Path) -> None:
 
 
 def plot_scaling(result: Result, out: Path) -> None:
-    """Time against size on logarithmic axes, a panel for each part."""
+    """Draw time against size on logarithmic axes: one panel for each kind of attention, and one for whole networks."""
     parts = list(dict.fromkeys(curve["part"] for curve in result["curves"]))
     figure = Figure(figsize=(6 * len(parts), 4.8), layout="constrained")
     for axes, part in zip(figure.subplots(1, len(parts), squeeze=False)[0], parts, strict=True):
@@ -107,7 +112,7 @@ def plot_scaling(result: Result, out: Path) -> None:
 
 
 def plot_pareto(result: Result, out: Path) -> None:
-    """Published top-1 against measured latency, the front drawn and every point named."""
+    """Draw published top-1 against measured latency, with a label for each model and a line along the Pareto front."""
     rows, settings = result["rows"], result["settings"]
     figure = Figure(figsize=(16, 10), layout="constrained")
     axes = figure.subplots()
@@ -118,12 +123,12 @@ def plot_pareto(result: Result, out: Path) -> None:
         style: dict[str, Any] = {"marker": MARKERS[number % len(MARKERS)], "s": 28}
         if family == OURS:
             style = {"marker": "*", "s": 150, "zorder": 4}
-        points = [(1e3 * row["latency_seconds"], row["published_top1"]) for row in mine]
-        if points:
-            axes.scatter(*zip(*points, strict=True), color=color, label=family, edgecolors="white", **style)
-    front = [row for row in rows if row["on_front"]]
-    corners = [(1e3 * row["latency_seconds"], row["published_top1"]) for row in front]
-    axes.plot(*zip(*corners, strict=True), color="black", linewidth=1, zorder=1, drawstyle="steps-post", label="front")
+        if mine:
+            x, y = [1e3 * row["latency_seconds"] for row in mine], [row["published_top1"] for row in mine]
+            axes.scatter(x, y, color=color, label=family, edgecolors="white", **style)
+    points = [(1e3 * row["latency_seconds"], row["published_top1"]) for row in rows]
+    front = [point for point, row in zip(points, rows, strict=True) if row["on_front"]]
+    axes.plot(*zip(*front, strict=True), color="black", linewidth=1, zorder=1, drawstyle="steps-post", label="front")
     axes.set(
         xscale="log",
         title=f"ImageNet-1k top-1 as published, latency as measured: {settings['runtime']} {settings['precision']}, "
@@ -136,19 +141,59 @@ def plot_pareto(result: Result, out: Path) -> None:
     axes.legend(loc="lower right", fontsize=9)
     place_labels(
         axes,
-        [(1e3 * row["latency_seconds"], row["published_top1"]) for row in rows],
+        points,
         [row["label"] for row in rows],
         [colors[row["family"]] for row in rows],
         [row["family"] == OURS or row["on_front"] for row in rows],
-        corners,
     )
     _save(figure, result, out)
+
+
+def place_labels(
+    axes: Axes,
+    points: Sequence[tuple[float, float]],
+    names: Sequence[str],
+    colors: Sequence[str],
+    important: Sequence[bool],
+) -> None:
+    """Write each name near its point, ``important`` ones in bold and first, so that they get the nearest places.
+
+    Names do not cover points, lines, the legend or each other; one that finds no free place is left out. The limits of
+    ``axes`` have to be final.
+    """
+    figure = axes.get_figure()
+    assert isinstance(figure, Figure)
+    figure.draw_without_rendering()  # settles the layout, so that positions in pixels are final
+    pixels = axes.transData.transform(points)
+    taken = [Bbox([pixel - MARKER, pixel + MARKER]) for pixel in pixels]
+    if (legend := axes.get_legend()) is not None:
+        taken.append(legend.get_window_extent())
+    paths = [line.get_transform().transform_path(line.get_path()) for line in axes.lines]
+    for i in sorted(range(len(points)), key=lambda i: not important[i]):
+        line = {"arrowstyle": "-", "color": colors[i], "lw": 0.5, "shrinkA": 0, "shrinkB": 2}
+        style: dict[str, Any] = {"color": colors[i], "weight": "bold" if important[i] else "normal", "fontsize": 7}
+        text = axes.annotate(names[i], points[i], (0, 0), textcoords="offset points", arrowprops=line, **style)
+        text.set(ha="center", va="center", path_effects=[withStroke(linewidth=2, foreground="white")])
+        size = np.array(Text.get_window_extent(text).size)  # Annotation's own method counts the line in
+        for radius, direction in itertools.product(RADII, DIRECTIONS):
+            offset = direction * (radius * figure.dpi / 72 + size / 2)
+            box = Bbox([pixels[i] + offset - size / 2, pixels[i] + offset + size / 2])
+            is_inside = np.all(box.min >= axes.bbox.min) and np.all(box.max <= axes.bbox.max)
+            on_line = any(path.intersects_bbox(box.padded(2), filled=False) for path in paths)
+            if is_inside and not on_line and not box.count_overlaps(taken):
+                text.set_position(tuple(offset * 72 / figure.dpi))
+                if radius <= NEAR and text.arrow_patch is not None:
+                    text.arrow_patch.set_visible(False)
+                taken.append(box)
+                break
+        else:
+            text.remove()
 
 
 def _bars(
     axes: Axes, values: Mapping[str, Sequence[float]], notes: Sequence[str], colors: Sequence[str], scale: float
 ) -> None:
-    """Horizontal bars of medians with lines from quartile to quartile, and a note at the end of each."""
+    """Draw each median as a horizontal bar with a line from quartile to quartile, and a note at its end."""
     low, middle, high = (scale * np.array([np.quantile(v, q) for v in values.values()]) for q in (0.25, 0.5, 0.75))
     places = range(len(values))
     axes.barh(places, middle, color=colors, alpha=0.8, xerr=np.stack([middle - low, high - middle]), error_kw={"lw": 1})
@@ -160,7 +205,7 @@ def _bars(
 
 
 def _plain_numbers(axis: Axis) -> None:
-    """10, 20, 50 on a logarithmic axis, instead of powers."""
+    """Label the ticks of a logarithmic axis 10, 20, 50 instead of with powers of 10."""
     for set_formatter in (axis.set_major_formatter, axis.set_minor_formatter):
         set_formatter(FuncFormatter(lambda value, _: f"{value:g}" if f"{value:.0e}"[0] in "125" else ""))
 
@@ -174,7 +219,7 @@ def _threads(environment: Result) -> str:
 
 
 def _save(figure: Figure, result: Result, out: Path) -> None:
-    """With what the numbers depend on in a line below."""
+    """Write a PNG, with the device and the versions that the numbers depend on in a line at the bottom."""
     where = result["environment"]
     packages = ", ".join(f"{name} {where[name]}" for name in ("torch", "onnxruntime", "openvino") if name in where)
     device = where["cpu"] if where["device"] == "cpu" else where["device"]

@@ -1,8 +1,8 @@
-"""The network with its attention written as in the authors' release, to measure what another way of writing it gains.
+"""The network with its attention written as in the authors' release, to measure the gain of writing it differently.
 
-Written anew from what the release does: tokens are transposed to (B, heads, N, D), normalised, squared and normalised
-again; the constant c is concatenated to queries and keys and a column of ones to the values, so that sums and the
-denominator come out of the matrix products; and the result is transposed back.
+Rewritten from what the release does: tokens are transposed to (B, heads, N, D), normalised, squared and normalised
+again; the constant c is appended to queries and keys and a column of ones to the values, so that the matrix products
+also give the sums and the denominator; and the result is transposed back.
 
 Shapes: B batch, C channels, H x W feature map, N = H·W tokens, D channels per head.
 """
@@ -19,7 +19,7 @@ EPS = 1e-15
 
 
 class ReleasedAttention(nn.Module):
-    """(B, C, H, W), same out; with the weights of ``layer``, and the same output up to rounding.
+    """(B, C, H, W) -> (B, C, H, W); has the weights of ``layer`` and gives the same output up to rounding.
 
     Raises:
         ValueError: the layer has another kernel than taylor2, no positional map or no shortcut.
@@ -52,19 +52,17 @@ class ReleasedAttention(nn.Module):
 
     @staticmethod
     def unit_square(x: Tensor) -> Tensor:
-        """u(x) over the last dimension, normalised before and after it is squared."""
+        """The squares of x, normalised over the last dimension before and after squaring."""
         square = (x / x.norm(dim=-1, keepdim=True).clamp_min(EPS)).square()
         return square / square.norm(dim=-1, keepdim=True).clamp_min(EPS)
 
 
 def as_released(model: nn.Module) -> nn.Module:
-    """A copy of a model of ours with `ReleasedAttention` in all its layers; errors as that."""
+    """A copy of a model of ours with `ReleasedAttention` in all its layers; raises the same errors."""
     model = copy.deepcopy(model).eval()
-    layers = [name for name, module in model.named_modules() if isinstance(module, MultiScaleAttention)]
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, MultiScaleAttention)}
     if not layers:
         raise ValueError(f"{type(model).__name__} has no attention of ours")
-    for name in layers:
-        layer = model.get_submodule(name)
-        assert isinstance(layer, MultiScaleAttention)
+    for name, layer in layers.items():
         model.set_submodule(name, ReleasedAttention(layer))
     return model

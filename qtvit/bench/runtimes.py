@@ -1,4 +1,4 @@
-"""What runs a network that is measured: PyTorch in three ways, ONNX Runtime, OpenVINO.
+"""The runtimes to measure: PyTorch in several ways, ONNX Runtime and OpenVINO.
 
 A network is first written to a file and then opened from it, so that the memory of running it can be measured in a
 process that has not converted it (`qtvit.bench.memory`).
@@ -24,7 +24,7 @@ from qtvit.device import kept_signal_stack
 from qtvit.errors import unknown_name
 
 Run = Callable[[], Tensor]
-"""One forward pass of the images a network was opened with; its output is in the precision that was asked for."""
+"""Runs one forward pass on the images that a network was opened with; the output is in the network's precision."""
 
 
 @dataclass(frozen=True)
@@ -32,13 +32,13 @@ class Runtime:
     """One way to run a network.
 
     Attributes:
-        save: writes a network that takes images (B, 3, H, W) like the example's to a path, for a precision.
-        open: what runs such a file on images of fp32, in a precision.
-        suffix: of the file.
+        save: writes a network to a path, for images like the example (B, 3, H, W) and a precision.
+        open: opens such a file and returns what runs it on the given fp32 images, in a precision.
+        suffix: suffix of the file.
         precisions: names in `DTYPES`.
-        devices: types of devices it runs on; empty: all.
-        packages: what it needs beside PyTorch.
-        why_not: why it has no other precisions.
+        devices: types of the devices it runs on; empty: all.
+        packages: packages it needs beside PyTorch.
+        why_not: why it lacks the other precisions, for error messages.
         eager: whether it runs the network's modules one after the other.
     """
 
@@ -53,11 +53,11 @@ class Runtime:
 
 
 def check_runtimes(names: Sequence[str], precisions: Sequence[str], device: torch.device) -> None:
-    """See that all can be measured, before any is.
+    """Check that all ``names`` run all ``precisions`` on ``device``, before anything is measured.
 
     Raises:
-        ValueError: an unknown name, a precision that a runtime does not have, or another device than it runs on.
-        ModuleNotFoundError: a package that is not installed.
+        ValueError: an unknown name, a precision that a runtime lacks, or a device that it does not run on.
+        ModuleNotFoundError: a package that it needs is not installed.
     """
     for name in names:
         if name not in RUNTIMES:
@@ -67,15 +67,12 @@ def check_runtimes(names: Sequence[str], precisions: Sequence[str], device: torc
             if precision not in DTYPES:
                 raise unknown_name("precision", precision, DTYPES)
             if precision not in runtime.precisions:
-                raise ValueError(f"{name} has no {precision}: {runtime.why_not}; {_others(precision)} have")
+                others = ", ".join(other for other, each in RUNTIMES.items() if precision in each.precisions)
+                raise ValueError(f"{name} has no {precision}: {runtime.why_not}; {others} have")
         if runtime.devices and device.type not in runtime.devices:
             raise ValueError(f"{name} is measured on {' or '.join(runtime.devices)} alone, not on {device}")
         for package in runtime.packages:
             importlib.import_module(package)
-
-
-def _others(precision: str) -> str:
-    return ", ".join(name for name, runtime in RUNTIMES.items() if precision in runtime.precisions)
 
 
 def _save_module(model: nn.Module, images: Tensor, path: Path, precision: str) -> None:
@@ -83,37 +80,29 @@ def _save_module(model: nn.Module, images: Tensor, path: Path, precision: str) -
 
 
 def _load_module(path: Path, images: Tensor, precision: str) -> tuple[nn.Module, Tensor]:
-    model = torch.load(path, weights_only=False)  # written here a moment ago
+    model = torch.load(path, weights_only=False)  # safe: `_save_module` has just written it
     return model.eval().to(images.device), images.to(DTYPES[precision])
 
 
-def _open_eager(path: Path, images: Tensor, precision: str) -> Run:
+def _open_eager(layout: torch.memory_format, path: Path, images: Tensor, precision: str) -> Run:
     model, pixels = _load_module(path, images, precision)
+    model, pixels = model.to(memory_format=layout), pixels.to(memory_format=layout)
     return torch.inference_mode()(lambda: model(pixels))
 
 
-def _open_channels_last(path: Path, images: Tensor, precision: str) -> Run:
-    model, pixels = _load_module(path, images, precision)
-    model, pixels = model.to(memory_format=torch.channels_last), pixels.to(memory_format=torch.channels_last)
-    return torch.inference_mode()(lambda: model(pixels))
-
-
-def _open_compiled(path: Path, images: Tensor, precision: str, freezing: bool = False) -> Run:
+def _open_compiled(freezing: bool, path: Path, images: Tensor, precision: str) -> Run:
     model, pixels = _load_module(path, images, precision)
 
     def forward(x: Tensor) -> Tensor:
         return model(x)
 
-    # What the compiler makes is looked up by the code of the function; with code of its own, no model pays for others.
+    # torch.compile keeps what it compiled by code object, and guards slow down with every model that shares one. So
+    # every model gets a code object of its own.
     forward.__code__ = forward.__code__.replace(co_name=f"forward_{id(model)}")
     compiled = torch.compile(forward, fullgraph=True, dynamic=False, options={"freezing": freezing})
     run: Run = torch.no_grad()(lambda: compiled(pixels))
     run()
     return run
-
-
-def _open_frozen(path: Path, images: Tensor, precision: str) -> Run:
-    return _open_compiled(path, images, precision, freezing=True)
 
 
 def _save_exported(format: str, model: nn.Module, images: Tensor, path: Path, precision: str) -> None:
@@ -147,10 +136,10 @@ def _open_openvino(path: Path, images: Tensor, precision: str) -> Run:
 
 
 RUNTIMES: dict[str, Runtime] = {
-    "eager": Runtime(_save_module, _open_eager, eager=True),
-    "channels_last": Runtime(_save_module, _open_channels_last, eager=True),
-    "compile": Runtime(_save_module, _open_compiled),
-    "compile_frozen": Runtime(_save_module, _open_frozen),
+    "eager": Runtime(_save_module, partial(_open_eager, torch.preserve_format), eager=True),
+    "channels_last": Runtime(_save_module, partial(_open_eager, torch.channels_last), eager=True),
+    "compile": Runtime(_save_module, partial(_open_compiled, False)),
+    "compile_frozen": Runtime(_save_module, partial(_open_compiled, True)),
     "onnxruntime": Runtime(
         partial(_save_exported, "onnx"),
         _open_onnx,
@@ -164,6 +153,6 @@ RUNTIMES: dict[str, Runtime] = {
         partial(_save_exported, "openvino"), _open_openvino, ".xml", devices=("cpu",), packages=REQUIRED["openvino"]
     ),
 }
-"""By the name that the command takes. "compile" is ``torch.compile`` in its default mode; "compile_frozen" the same
-with Inductor's ``freezing``, which takes weights for constants and folds BatchNorms. Half precisions are
-``model.to(dtype)``. For the others files are written as `qtvit export` writes them, for the one image size."""
+"""Runtimes by name. "compile" is ``torch.compile`` in its default mode; "compile_frozen" adds Inductor's ``freezing``,
+which treats weights as constants and folds BatchNorms. In PyTorch, half precision is ``model.to(dtype)``; for ONNX
+Runtime and OpenVINO files are written as `qtvit export` writes them, for one image size."""

@@ -1,4 +1,4 @@
-"""How time grows with the image: of attention alone by the number of tokens, of whole networks by the number of pixels.
+"""How time grows: of attention alone with the number of tokens, and of whole networks with the number of pixels.
 
 Shapes: B batch, D channels per head, N tokens; H x W image.
 """
@@ -27,9 +27,9 @@ from .runtimes import Run, check_runtimes
 
 SIZES = (224, 384, 512, 768, 1024, 1536, 2048)
 STRIDES = (16, 32)
-"""Of the stages whose maps are the tokens."""
+"""Strides of the stages with attention; their map sizes give the numbers of tokens to measure."""
 MIN_POINTS = 3
-"""Of the larger sizes, which an exponent is fitted to: at small ones other work takes more time."""
+"""Minimum number of sizes to fit an exponent to. Only the larger sizes count: at small ones, overhead dominates."""
 
 
 def bench_scaling(
@@ -47,31 +47,30 @@ def bench_scaling(
     max_seconds: float = 5.0,
     device: str = "auto",
 ) -> dict[str, Any]:
-    """Time of attention and of whole networks with each of ``kernels``, in fp32, at growing sizes, in turns.
+    """Time attention alone and whole networks with each of ``kernels``, in fp32, at growing sizes, in turns.
 
-    Softmax alone is PyTorch's ``scaled_dot_product_attention`` on tensors that lie as it likes them.
+    Softmax attention alone is PyTorch's ``scaled_dot_product_attention``, on tensors in the layout that suits it.
 
     Args:
-        model: a network of ours, to be measured with each kernel.
-        peer: another network.
+        model: a network of ours, measured with each kernel.
+        peer: another network to measure beside it.
         kernels: names in ``qtvit.ops.KERNELS``; the first one is compared with the others.
-        sizes: sides of square images. Attention sees as many tokens as it would there, in maps of `STRIDES`.
-        head_dims: D of the attention, each with as many heads as the last stage of the network that has it.
-        attention: measure attention alone.
-        network: measure whole networks.
-        runtime: of the networks, a name in `qtvit.bench.runtimes.RUNTIMES`.
-        batch_size: images.
-        rounds: turns that count, at each size.
-        max_seconds: what takes longer than that for one run is not measured at larger sizes.
+        sizes: sides of square images. Attention alone gets the numbers of tokens that maps of `STRIDES` have there.
+        head_dims: D of attention alone; `heads_by_dim` gives the number of heads.
+        attention, network: whether to measure attention alone, and whole networks.
+        runtime: runtime of the networks, a name in `qtvit.bench.runtimes.RUNTIMES`.
+        batch_size: images per forward pass.
+        rounds: timed turns at each size.
+        max_seconds: what takes longer for one run is not measured at larger sizes.
         device: see `qtvit.device.resolve_device`.
 
     Returns:
         "settings", "environment", "curves": for every kernel or network its "sizes" (tokens or pixels), the "seconds"
-        of all rounds at each, medians and the exponent of their growth; "crossovers": from which size on the first
-        kernel is faster than another; and "failed".
+        of all rounds at each, medians and the exponent of their growth; "crossovers": the sizes from which the first
+        kernel is faster than each of the others; and "failed".
 
     Raises:
-        FileNotFoundError, ValueError, ModuleNotFoundError: a kernel, model, size, runtime or device that there is not.
+        FileNotFoundError, ValueError, ModuleNotFoundError: a kernel, model, size, runtime or device cannot be used.
     """
     check_counts(rounds=rounds, **{"batch size": batch_size})
     where = resolve_device(device)
@@ -109,18 +108,11 @@ def bench_scaling(
 
             pixels = [size**2 for size in sizes]
             curves += _grow(f"network, {runtime}", "pixels", pixels, names, load, where, rounds, max_seconds)
+    settings: dict[str, Any] = {"model": model, "peer": peer, "kernels": list(kernels), "sizes": list(sizes)}
+    settings["head_dims"] = {dim: f"{heads_by_dim()[dim]} heads" for dim in head_dims}
+    settings |= {"runtime": runtime, "batch_size": batch_size, "rounds": rounds, "max_seconds": max_seconds}
     return {
-        "settings": {
-            "model": model,
-            "peer": peer,
-            "kernels": list(kernels),
-            "sizes": list(sizes),
-            "head_dims": {dim: f"{heads_by_dim()[dim]} heads" for dim in head_dims},
-            "runtime": runtime,
-            "batch_size": batch_size,
-            "rounds": rounds,
-            "max_seconds": max_seconds,
-        },
+        "settings": settings,
         "environment": environment(where),
         "curves": curves,
         "crossovers": _crossovers(curves),
@@ -129,27 +121,21 @@ def bench_scaling(
 
 
 def heads_by_dim() -> dict[int, int]:
-    """Heads of the attention that is measured alone, by D: those of the last stage of the smallest network with that D,
-    at both scales.
-    """
+    """Heads of attention alone by D: those of both scales in the last stage of the smallest network with that D."""
     stages = {cfg.head_dim: cfg.stages[-1].width for cfg in (ARCHITECTURES["qtvit_2"], ARCHITECTURES["qtvit_1"])}
     return {dim: MultiScaleAttention.num_scales * width // dim for dim, width in sorted(stages.items())}
 
 
 @torch.inference_mode()
 def attention_runs(kernels: Sequence[str], shape: tuple[int, ...], device: torch.device) -> dict[str, Run]:
-    """One forward pass of attention on q, k and v of ``shape`` (B, heads, D, N) with each kernel."""
+    """For each kernel, a function that runs attention on random q, k and v of ``shape`` (B, heads, D, N)."""
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(shape, generator=generator).to(device) for _ in range(3))
-    runs: dict[str, Run] = {}
-    for kernel in kernels:
-        if kernel == "softmax":
-            tokens_first = (q.mT.contiguous(), k.mT.contiguous(), v.mT.contiguous())
-            run: Run = partial(scaled_dot_product_attention, *tokens_first)
-        else:
-            run = partial(linear_attention_cf, q, k, v, kernel)
-        runs[kernel] = torch.inference_mode()(run)
-    return runs
+    runs: dict[str, Run] = {kernel: partial(linear_attention_cf, q, k, v, kernel) for kernel in kernels}
+    if "softmax" in runs:
+        tokens_first = (q.mT.contiguous(), k.mT.contiguous(), v.mT.contiguous())
+        runs["softmax"] = partial(scaled_dot_product_attention, *tokens_first)
+    return {kernel: torch.inference_mode()(run) for kernel, run in runs.items()}
 
 
 def _grow(
@@ -162,7 +148,10 @@ def _grow(
     rounds: int,
     max_seconds: float,
 ) -> list[dict[str, Any]]:
-    """The curve of each of ``names``, of which ``make`` gives what to run at a size; all sizes take turns."""
+    """Time ``names`` at all ``sizes`` in turns; returns a curve for each.
+
+    ``make`` takes a size, names and a folder for files, and returns what to run for each name that can run there.
+    """
     left = list(names)
     runs: dict[tuple[str, int], Run] = {}
     with TemporaryDirectory(prefix="qtvit-bench-") as folder:
@@ -178,41 +167,29 @@ def _grow(
                 elif size != sizes[-1]:
                     say(f"left out: {name} at more than {size:,} {unit}, which take {once:.1f} s")
         samples = in_turns(runs, device=device, rounds=rounds, min_seconds=TURN)
-    found: dict[str, dict[int, list[float]]] = {name: {} for name in names}
-    for (name, size), seconds in samples.items():
-        found[name][size] = seconds
+    found = {name: {size: samples[name, size] for size in sizes if (name, size) in samples} for name in names}
     curves = []
     for name, by_size in found.items():
-        medians = [statistics.median(seconds) for seconds in by_size.values()]
-        measured = list(by_size)
-        curves.append(
-            {
-                "part": part,
-                "unit": unit,
-                "name": name,
-                "sizes": measured,
-                "seconds": list(by_size.values()),
-                "median_seconds": medians,
-                "exponent": fit_exponent(measured, medians),
-                "relative_growth": [
-                    (time / medians[0]) / (size / measured[0]) for size, time in zip(measured, medians, strict=True)
-                ],
-                "ratio": [ratio_to(found[names[0]].get(size), seconds) for size, seconds in by_size.items()],
-            }
-        )
+        measured, seconds = list(by_size), list(by_size.values())
+        medians = [statistics.median(samples) for samples in seconds]
+        growth = [(time / medians[0]) / (size / measured[0]) for size, time in zip(measured, medians, strict=True)]
+        ratios = [ratio_to(found[names[0]].get(size), samples) for size, samples in by_size.items()]
+        curve: dict[str, Any] = {"part": part, "unit": unit, "name": name, "sizes": measured, "seconds": seconds}
+        curve |= {"median_seconds": medians, "exponent": fit_exponent(measured, medians)}
+        curves.append(curve | {"relative_growth": growth, "ratio": ratios})
     return curves
 
 
 def fit_exponent(sizes: Sequence[float], seconds: Sequence[float]) -> float | None:
-    """The p of seconds = c·size^p, of the larger half of the sizes, `MIN_POINTS` at least if there are; None of one."""
+    """The p of seconds = c·size^p over the larger half of the sizes, at least `MIN_POINTS`; None for a single size."""
     count = max(-(-len(sizes) // 2), MIN_POINTS)
     return power_law(sizes[-count:], seconds[-count:]) if len(sizes) > 1 else None
 
 
 def find_crossover(sizes: Sequence[float], ratios: Sequence[float]) -> float | None:
-    """The size from which ``ratios``, of another's time to ours, stay above 1, interpolated on logarithmic axes.
+    """The size from which ``ratios`` (another's time / ours) stay above 1, interpolated on logarithmic axes.
 
-    None if they do from the first size on, or are not at the last one.
+    None if all of them are above 1, or the last one is not.
     """
     for index in reversed(range(len(sizes) - 1)):
         low, high = math.log(ratios[index]), math.log(ratios[index + 1])
@@ -225,18 +202,15 @@ def find_crossover(sizes: Sequence[float], ratios: Sequence[float]) -> float | N
 
 
 def _crossovers(curves: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """From where on the first curve of a part is below each of the others."""
+    """The size from which the first curve of each part stays below each other curve of that part."""
     found = []
-    first: dict[str, Any] = {}
+    first = {curve["part"]: curve["name"] for curve in reversed(curves)}
     for curve in curves:
-        if curve["part"] != first.get("part"):
-            first = curve
-            continue
+        part, name = curve["part"], curve["name"]
         both = [(size, r["median"]) for size, r in zip(curve["sizes"], curve["ratio"], strict=True) if r]
-        if not both:
-            continue
-        sizes, ratios = [size for size, _ in both], [ratio for _, ratio in both]
-        at = find_crossover(sizes, ratios)
-        wins = "never" if ratios[-1] <= 1 else "always" if at is None else "from"
-        found.append({"part": curve["part"], "faster": first["name"], "than": curve["name"], "wins": wins, "at": at})
+        if name != first[part] and both:
+            sizes, ratios = zip(*both, strict=True)
+            at = find_crossover(sizes, ratios)
+            wins = "never" if ratios[-1] <= 1 else "always" if at is None else "from"
+            found.append({"part": part, "faster": first[part], "than": name, "wins": wins, "at": at})
     return found

@@ -1,22 +1,25 @@
-"""The results of the benchmarks as lines for the terminal."""
+"""The benchmarks' results as lines for the terminal."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 Result = Mapping[str, Any]
+"""What a benchmark returns, or one of its rows."""
 GROWTH_TO = 1024**2
-"""Pixels up to which the growth from the smallest image is told."""
+"""Largest number of pixels for which the growth from the smallest image is reported."""
+TIMES = ("ms", "img/s", "time / peer (quartiles)", "params M", "MACs G")
+"""Heads of the columns that tables of latencies share."""
 
 
 def settings_line(result: Result) -> str:
-    """What the numbers depend on."""
+    """The environment and settings of a benchmark, in one line."""
     entries = {**result["environment"], **result["settings"]}
     shown = {name: size_text(value) if name == "img_size" else _plain(value) for name, value in entries.items()}
     return ", ".join(f"{name} {value}" for name, value in shown.items())
 
 
 def latency_lines(result: Result) -> Iterator[str]:
-    """A row for each network, runtime, precision and size; then what matrix products reach, and what was left out."""
+    """A row per network, runtime, precision and size; the speed of matrix products; what was left out."""
     rows = result["rows"]
     has_memory = any(row.get("peak_bytes") for row in rows)
     cells = [
@@ -26,11 +29,7 @@ def latency_lines(result: Result) -> Iterator[str]:
             row["precision"],
             size_text(row["img_size"]),
             str(row["batch_size"]),
-            f"{1e3 * row['median_seconds']:.2f}",
-            f"{row['images_per_second']:.1f}",
-            ratio_text(row["ratio"]),
-            _number(row["num_params"], 1e6, 2),
-            _number(row["num_macs"], 1e9, 3),
+            *_times(row, row["median_seconds"]),
             _number(row["gflops"], 1, 1),
             "–" if row["peak_fraction"] is None else f"{row['peak_fraction']:.1%}",
             *([_number(row.get("peak_bytes"), 1e6, 0)] if has_memory else []),
@@ -38,19 +37,8 @@ def latency_lines(result: Result) -> Iterator[str]:
         ]
         for row in rows
     ]
-    head = [
-        "model",
-        "runtime",
-        "precision",
-        "px",
-        "batch",
-        "ms",
-        "img/s",
-        "time / peer (quartiles)",
-        "params M",
-        "MACs G",
-    ]
-    yield from table([*head, "GFLOP/s", "of peak", *(["peak MB"] if has_memory else []), ""], cells, left=(0, 1, 2))
+    head = ["model", "runtime", "precision", "px", "batch", *TIMES, "GFLOP/s", "of peak"]
+    yield from table([*head, *(["peak MB"] if has_memory else []), ""], cells, left=(0, 1, 2))
     for precision, peak in result["matmul_peaks"].items():
         yield (
             f"matrix products in {precision}: {peak['gflops']:.1f} GFLOP/s at the best ({peak['runtime']}, "
@@ -60,7 +48,7 @@ def latency_lines(result: Result) -> Iterator[str]:
 
 
 def train_lines(result: Result) -> Iterator[str]:
-    """A row for each network."""
+    """A row per network with the memory and time of a training step."""
     cells = [
         [
             name,
@@ -75,7 +63,7 @@ def train_lines(result: Result) -> Iterator[str]:
 
 
 def loader_lines(result: Result) -> Iterator[str]:
-    """A row for each loader."""
+    """A row per loader with its speed."""
     cells = [
         [name, f"{row['images_per_second']:.1f}", ratio_text(row["ratio"])] for name, row in result["loaders"].items()
     ]
@@ -83,7 +71,7 @@ def loader_lines(result: Result) -> Iterator[str]:
 
 
 def scaling_lines(result: Result) -> Iterator[str]:
-    """For each part a table of times by size, exponents, crossovers and growth."""
+    """Attention alone and whole networks: for each a table of times by size, then exponents and crossovers."""
     curves = result["curves"]
     for part in dict.fromkeys(curve["part"] for curve in curves):
         mine = [curve for curve in curves if curve["part"] == part]
@@ -107,82 +95,69 @@ def scaling_lines(result: Result) -> Iterator[str]:
 
 
 def growth_text(curve: Result) -> str:
-    """Of a network, the growth of its time up to `GROWTH_TO` pixels, or as far as it was measured."""
-    within = [index for index, size in enumerate(curve["sizes"]) if size <= GROWTH_TO]
-    if not within or within[-1] == 0:
+    """How much a network's time grows from the smallest image to the largest one within `GROWTH_TO` pixels."""
+    sizes = [size for size in curve["sizes"] if size <= GROWTH_TO]
+    if len(sizes) < 2:
         return ""
-    last = within[-1]
-    sides = [f"{round(curve['sizes'][i] ** 0.5)}" for i in (0, last)]
-    pixels = curve["sizes"][last] / curve["sizes"][0]
-    grown = curve["median_seconds"][last] / curve["median_seconds"][0]
-    return f"; from {sides[0]} to {sides[1]} px, {pixels:.1f} times the pixels take {grown:.1f} times as long"
+    first, last = round(sizes[0] ** 0.5), round(sizes[-1] ** 0.5)
+    grown = curve["median_seconds"][len(sizes) - 1] / curve["median_seconds"][0]
+    return f"; from {first} to {last} px, {sizes[-1] / sizes[0]:.1f} times the pixels take {grown:.1f} times as long"
 
 
 def crossover_text(cross: Result, unit: str) -> str:
-    """From where on one is faster than another."""
-    if cross["wins"] == "from":
-        where = f"from {cross['at']:,.0f} {unit} on"
-    else:
-        where = "at every size" if cross["wins"] == "always" else "not at the largest size"
+    """From which size on one curve is faster than another."""
+    where = {"always": "at every size", "never": "not at the largest size"}.get(cross["wins"])
+    where = where or f"from {cross['at']:,.0f} {unit} on"
     return f"{cross['faster']} is faster than {cross['than']} {where}"
 
 
 def pareto_lines(result: Result) -> Iterator[str]:
-    """A row for each model, the quickest first, those on the front marked."""
+    """A row per model, the quickest first; those on the Pareto front have a star."""
     cells = [
         [
             "*" if row["on_front"] else "",
             row["label"],
             row["family"],
             f"{row['published_top1']:.1f}",
-            f"{1e3 * row['latency_seconds']:.2f}",
-            f"{row['batch_size'] / row['latency_seconds']:.1f}",
-            ratio_text(row["ratio"]),
-            _number(row["num_params"], 1e6, 2),
-            _number(row["num_macs"], 1e9, 3),
+            *_times(row, row["latency_seconds"]),
         ]
         for row in result["rows"]
     ]
-    head = [
-        "",
-        "model, px",
-        "family",
-        "published top-1",
-        "ms",
-        "img/s",
-        "time / peer (quartiles)",
-        "params M",
-        "MACs G",
-    ]
-    yield from table(head, cells, left=(0, 1, 2))
+    yield from table(["", "model, px", "family", "published top-1", *TIMES], cells, left=(0, 1, 2))
     yield "* nothing here is both quicker and more accurate. Accuracy is as published, not measured here."
     yield from left_out(result)
 
 
 def left_out(result: Result) -> Iterator[str]:
-    """What could not be measured, and why."""
+    """A line for each network that could not be measured, with the reason."""
     for row in result["failed"]:
         where = " ".join(filter(None, (row["model"], row["runtime"], row["precision"], size_text(row["img_size"]))))
         yield f"left out: {where}: {row['reason']}"
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]], left: Sequence[int] = (0,)) -> Iterator[str]:
-    """Rows of aligned columns; those numbered ``left`` to the left, all others to the right."""
+    """Rows in aligned columns: those with the numbers ``left`` to the left, all others to the right."""
     lines = [head, *rows]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     for line in lines:
         pairs = enumerate(zip(line, widths, strict=True))
         yield "  ".join(cell.ljust(width) if i in left else cell.rjust(width) for i, (cell, width) in pairs).rstrip()
 
 
 def ratio_text(ratio: Result | None) -> str:
-    """The median and the quartiles."""
+    """A ratio as "median (quartile–quartile)"."""
     return "–" if ratio is None else f"{ratio['median']:.2f} ({ratio['low']:.2f}–{ratio['high']:.2f})"
 
 
 def size_text(img_size: Sequence[int]) -> str:
-    """224, or 160x256."""
+    """An image size (H, W) as 160x256, or as 224 if it is square."""
     return "x".join(map(str, dict.fromkeys(img_size)))
+
+
+def _times(row: Result, seconds: float) -> list[str]:
+    """The cells below `TIMES` for a forward pass that takes ``seconds``."""
+    speed = [f"{1e3 * seconds:.2f}", f"{row['batch_size'] / seconds:.1f}", ratio_text(row["ratio"])]
+    return [*speed, _number(row["num_params"], 1e6, 2), _number(row["num_macs"], 1e9, 3)]
 
 
 def _number(value: float | None, unit: float, digits: int) -> str:
@@ -190,7 +165,7 @@ def _number(value: float | None, unit: float, digits: int) -> str:
 
 
 def _plain(value: Any) -> str:
-    """A setting without the brackets of Python."""
+    """A setting without Python's brackets."""
     if isinstance(value, Mapping):
         return " ".join(f"{key}: {_plain(each)}" for key, each in value.items())
     if isinstance(value, (list, tuple)):

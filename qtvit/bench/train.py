@@ -1,4 +1,4 @@
-"""What a training step costs: time, and memory that is held from the forward to the backward pass."""
+"""Cost of a training step: its time, and the memory held from the forward to the backward pass."""
 
 import statistics
 from collections.abc import Callable, Sequence
@@ -31,15 +31,14 @@ def bench_training(
     autocast: torch.dtype | None = None,
     recompute_activations: bool = False,
 ) -> dict[str, Any]:
-    """Forward and backward pass of each of ``models`` next to ``peer``, eager, channels-last, cross-entropy.
+    """Time forward pass, cross-entropy and backward pass of ``models`` and ``peer``, eager and channels-last, in turns.
 
     Args:
-        models: as `qtvit.bench.candidates.Candidate.parse` takes them: names, ours or timm's, run folders and model
-            files; with a kernel behind a colon, or ``released:`` before it.
-        peer: the model that the ratios are to.
+        models: see `qtvit.bench.candidates.Candidate`; exported files cannot be trained.
+        peer: the model whose values the others' are divided by.
         img_size: (H, W) of the images.
         batch_size: images per step.
-        rounds: steps of each model that are timed.
+        rounds: timed steps of each model.
         device: see `qtvit.device.resolve_device`.
         autocast: dtype of mixed precision, or None.
         recompute_activations: see `qtvit.layers.recompute_activations`.
@@ -73,15 +72,11 @@ def bench_training(
         kept[name] = bytes_kept(forward, model) / batch_size
         steps[name] = partial(_step, forward, model)
     seconds = in_turns(steps, device=where, rounds=rounds)
+    settings: dict[str, Any] = {"peer": peer, "img_size": list(img_size), "batch_size": batch_size, "rounds": rounds}
+    settings["autocast"] = None if autocast is None else str(autocast).removeprefix("torch.")
+    settings["recompute_activations"] = recompute_activations
     return {
-        "settings": {
-            "peer": peer,
-            "img_size": list(img_size),
-            "batch_size": batch_size,
-            "rounds": rounds,
-            "autocast": None if autocast is None else str(autocast).removeprefix("torch."),
-            "recompute_activations": recompute_activations,
-        },
+        "settings": settings,
         "environment": environment(where),
         "models": {
             name: {
@@ -97,7 +92,7 @@ def bench_training(
 
 
 def bytes_kept(run: Callable[[], Tensor], model: nn.Module) -> int:
-    """Bytes of the tensors that autograd keeps after ``run``, each storage once, parameters and buffers left out."""
+    """Bytes of the tensors that autograd keeps after ``run``: each storage once, without parameters and buffers."""
     own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
     kept: dict[int, Tensor] = {}
 
@@ -106,8 +101,7 @@ def bytes_kept(run: Callable[[], Tensor], model: nn.Module) -> int:
         return tensor
 
     with saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = run()
-    del loss
+        run()
     return sum(tensor.untyped_storage().nbytes() for pointer, tensor in kept.items() if pointer not in own)
 
 

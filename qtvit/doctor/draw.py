@@ -1,4 +1,4 @@
-"""The ranges of a model's layers as a picture."""
+"""A picture of the value ranges of a model's layers."""
 
 import math
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from matplotlib.patches import Patch
 
 from qtvit.files import replacing
 
-from .measure import FP16, RELEASED
+from .measure import FP16, RELEASED, Numbers
 from .report import Operation, Report
 
 LIMITS = {
@@ -17,17 +17,16 @@ LIMITS = {
     "loses digits of": FP16.smallest_normal,
     "overflows at": FP16.max,
 }
-"""Where fp16 ends."""
+"""Magnitudes at which fp16 loses or overflows numbers."""
 SMALLEST = 1e-10
-"""Where the axis begins, at the least: some squares are of no account to any format."""
+"""Lower bound of the axis; smaller numbers, such as some squares, matter in no format."""
 COLORS = {"in fp16": "steelblue", "kept in fp32": "darkorange", "in the released code": "crimson"}
 
 
 def draw(report: Report, out: Path) -> None:
-    """Write a PNG with a bar for each layer, from the smallest magnitude above 0 to the largest, and a tick at the root
-    mean square.
+    """Write a PNG with a bar per layer, from its smallest magnitude above 0 to its largest, and a tick at its RMS.
 
-    Operations that the model keeps in fp32 have a bar of their own, and so have those of the released code.
+    Operations that the model keeps in fp32 have bars of their own, and so do those of the released code.
 
     Raises:
         OSError: the file cannot be written.
@@ -49,27 +48,24 @@ def draw(report: Report, out: Path) -> None:
     axes.set_yticks(firsts, [bars[row][0] or "(the model itself)" for row in firsts], fontsize=7, parse_math=False)
     axes.set_xlabel("magnitude of the numbers in fp32, without zeros; tick: root mean square")
     axes.grid(axis="x", alpha=0.3)
-    used = [
-        Patch(color=color, alpha=0.75, label=label) for label, color in COLORS.items() if label in {b[1] for b in bars}
-    ]
-    figure.legend(handles=used, loc="outside lower center", ncols=len(used), fontsize=8)
-    height, width = report.img_size
-    title = f"{report.model}: {report.num_images} images of {height} × {width}"
+    used = {label for _, label, _ in bars}
+    patches = [Patch(color=color, alpha=0.75, label=label) for label, color in COLORS.items() if label in used]
+    figure.legend(handles=patches, loc="outside lower center", ncols=len(patches), fontsize=8)
+    title = f"{report.model}: {report.num_images} images of {report.img_size[0]} × {report.img_size[1]}"
     figure.suptitle(title, fontsize=11, parse_math=False)
     with replacing(out) as temporary:
         figure.savefig(temporary, format="png", dpi=110)
 
 
 def _spans(ops: Sequence[Operation]) -> list[tuple[str, tuple[float, float, float]]]:
-    """The bars of a layer: a key of `COLORS`, and smallest magnitude, largest, and root mean square."""
-    parts = {
-        "in fp16": [op for op in ops if "fp16" not in op.kept],
-        "kept in fp32": [op for op in ops if "fp16" in op.kept and op.site.op != RELEASED],
-        "in the released code": [op for op in ops if op.site.op == RELEASED],
-    }
+    """The bars of a layer: a key of `COLORS`, and its smallest and largest magnitude and root mean square."""
+    parts: dict[str, list[Numbers]] = {label: [] for label in COLORS}
+    for op in ops:
+        if op.numbers.smallest < math.inf:
+            kept = "in the released code" if op.site.op == RELEASED else "kept in fp32"
+            parts[kept if "fp16" in op.kept else "in fp16"].append(op.numbers)
     spans = []
-    for label, part in parts.items():
-        numbers = [op.numbers for op in part if op.numbers.smallest < math.inf]
+    for label, numbers in parts.items():
         if numbers:
             low = max(min(one.smallest for one in numbers), SMALLEST)
             high = max(*(max(abs(one.low), abs(one.high)) for one in numbers), low)

@@ -1,4 +1,4 @@
-"""Examining a model on real images."""
+"""Examine a model on real images: the entry point of the doctor."""
 
 import copy
 import dataclasses
@@ -25,7 +25,7 @@ from .report import Report
 from .runs import run_all
 
 Model = ClassPredictor | nn.Module | str | Path
-"""A predictor, a network, what `qtvit.checkpoints.load_model` takes, or the name of a model of ours or timm's."""
+"""A predictor, a network, what `qtvit.checkpoints.load_model` takes, or a model name of ours or timm's."""
 
 
 def examine(
@@ -37,15 +37,15 @@ def examine(
     img_size: tuple[int, int] | None = None,
     device: str = "auto",
 ) -> Report:
-    """Which operations of a model overflow or lose precision in fp16, bf16 and int8, on real images.
+    """Find the operations of a model that overflow or lose precision in fp16, bf16 and int8, on real images.
 
-    The model is run about a dozen times on all images, and once more for every convolution, linear layer and matrix
-    product: to see what comes of the model when that one alone is in int8. The model given is left as it is.
+    The model runs about a dozen times on all images, and once more for every convolution, linear layer and matrix
+    product, to measure the model's outputs when that one alone is in int8. ``model`` itself is not changed.
 
     Args:
-        model: what to examine. One given by name has random weights, and the report says so.
+        model: what to examine. A model given by name has random weights, which the report says.
         data: a folder of images, packed or not, "digits", or images.
-        num_images: how many of them to take, from all over the folder.
+        num_images: number of images to take, evenly from all over the folder.
         batch_size: images at a time.
         img_size: (H, W); default: the model's own.
         device: see `qtvit.device.resolve_device`; a predictor stays where it is.
@@ -72,17 +72,10 @@ def examine(
     operations, runs = run_all(network, batches)
     if not operations:
         raise ValueError(f"{name}: computes nothing that could be examined")
-    return Report(
-        name,
-        is_random,
-        sum(p.numel() for p in network.parameters()),
-        str(data) if isinstance(data, (str, Path)) else "memory",
-        len(images),
-        (preprocess.size[0], preprocess.size[1]),
-        str(where),
-        operations,
-        runs,
-    )
+    num_params = sum(p.numel() for p in network.parameters())
+    source = str(data) if isinstance(data, (str, Path)) else "memory"
+    size = (preprocess.size[0], preprocess.size[1])
+    return Report(name, is_random, num_params, source, len(images), size, str(where), operations, runs)
 
 
 def _resolve(model: Model) -> tuple[nn.Module, Preprocess, str, bool]:
@@ -90,15 +83,14 @@ def _resolve(model: Model) -> tuple[nn.Module, Preprocess, str, bool]:
     if isinstance(model, ClassPredictor):
         return model.model, model.preprocess, model.info.model, False
     if isinstance(model, nn.Module):
-        network: Any = getattr(model, "_orig_mod", model)  # what torch.compile wraps
+        network: Any = getattr(model, "_orig_mod", model)  # unwraps torch.compile's module
         return network, _default_preprocess(network), type(network).__name__, False
     if not isinstance(model, (str, Path)):
         raise ValueError(f"a model given as {type(model).__name__}; expected a predictor, a network, a path or a name")
     name = str(model)
     if format_of(model):
-        raise ValueError(
-            f"{name}: an exported model has no layers to look into; give the run that it was exported from"
-        )
+        message = "an exported model has no layers to look into; give the run that it was exported from"
+        raise ValueError(f"{name}: {message}")
     try:
         network, info = load_model(model, task="classify")
         return network, Preprocess(**info.preprocess), name, False
@@ -118,7 +110,7 @@ def _default_preprocess(network: Any) -> Preprocess:
 
 
 def _pick(data: str | Path | Sequence[ImageSource], num_images: int) -> list[ImageSource]:
-    """``num_images`` of the images, evenly from all over the folder, or all if there are no more."""
+    """``num_images`` of the images at equal distances, or all if there are not more."""
     found = all_images(str(data)) if isinstance(data, (str, Path)) else data
     if not found:
         raise ValueError("no images given")

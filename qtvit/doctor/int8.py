@@ -1,7 +1,7 @@
-"""What 8-bit integers would make of convolutions, linear layers and matrix products.
+"""Errors of convolutions, linear layers and matrix products in int8, simulated in fp32.
 
-As runtimes do it: an activation gets one scale for the whole tensor, and a range fixed beforehand on sample images;
-weights are symmetric about 0, with a scale for each output channel.
+As in common runtimes, an activation has one scale for the whole tensor and a range that is fixed beforehand on sample
+images; weights are symmetric about 0, with a scale for each output channel.
 """
 
 import math
@@ -16,19 +16,13 @@ from .measure import decibels, power, storages
 from .trace import Site, Tracer, first_output
 
 CLIPPED = 1e-4
-"""The share of an activation's numbers that lie beyond a clipped range, half of them at either end."""
+"""Fraction of an activation's numbers outside a clipped range, half of them at either end."""
 SCHEMES = ("asymmetric", "symmetric", "asymmetric clipped", "symmetric clipped")
-"""Ways to choose the range of an activation. All computations are done in the first, which is most tools' default."""
+"""Ways to choose the range of an activation. The first, most tools' default, is the one to compute with."""
 
 
 class Operands(NamedTuple):
-    """Where an operation has its factors.
-
-    Attributes:
-        activation, weight: positions of the arguments.
-        chans: dimension of the activation's channels.
-        out_chans: dimension of the weight's output channels.
-    """
+    """Argument positions of an operation's two factors, and the dimension of the channels in each."""
 
     activation: int
     weight: int
@@ -43,15 +37,15 @@ OPERANDS = {
     "bmm": Operands(0, 1, -1, -1),
     "baddbmm": Operands(1, 2, -1, -1),
 }
-"""The operations that run in int8, if any do."""
+"""The operations that can run in int8, by their names in ATen."""
 
 
 class Range(NamedTuple):
     """The range of an activation.
 
     Attributes:
-        lowest, highest: the most extreme numbers, from the outermost to the ends of the clipped range.
-        channels: the largest magnitude of each channel.
+        lowest, highest: the most extreme numbers, from the outermost one to the end of the clipped range.
+        channels: the largest magnitude in each channel.
     """
 
     lowest: Tensor
@@ -59,7 +53,7 @@ class Range(NamedTuple):
     channels: Tensor
 
     def ends(self, scheme: str = SCHEMES[0]) -> tuple[float, float]:
-        """The smallest and largest number that a scheme can represent; 0 is always between them."""
+        """The smallest and largest number that ``scheme`` can represent; 0 always lies between them."""
         at = -1 if scheme.endswith("clipped") else 0
         low, high = min(float(self.lowest[at]), 0.0), max(float(self.highest[at]), 0.0)
         bound = max(-low, high)
@@ -71,12 +65,12 @@ class Quantized:
     """An operation in int8.
 
     Attributes:
-        weighted: whether it multiplies with weights; if not, with another activation.
-        ranges: of its activations.
-        input_signal: sum of squares of its (first) activation, and ``input_noise`` of the errors, by scheme.
-        signal: sum of squares of its outputs, and ``noise`` of their errors with both factors in int8.
-        weight_snr: of the weights, in dB; ``tensor_weight_snr`` if one scale served all channels.
-        weight_spread: largest magnitude of an output channel's weights, by the median over the channels.
+        weighted: whether the second factor is a weight; otherwise it is another activation.
+        ranges: ranges of its activations.
+        input_signal, input_noise: sums of squares of its first activation and, by scheme, of the rounding errors.
+        signal, noise: sums of squares of its outputs, and of their errors with both factors in int8.
+        weight_snr, tensor_weight_snr: dB of the weights rounded with a scale per channel, and with one for all.
+        weight_spread: largest magnitude of an output channel's weights divided by the median over the channels.
     """
 
     weighted: bool
@@ -91,29 +85,24 @@ class Quantized:
 
     @property
     def input_spread(self) -> float:
-        """Largest magnitude of a channel of the activation, by the median over the channels."""
+        """Largest magnitude of a channel of the activation divided by the median over the channels."""
         return _spread(self.ranges[0].channels)
 
     def round(self, site: Site, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        """The arguments of the operation with both factors in int8."""
-        where, rounded = OPERANDS[site.op], list(args)
-        rounded[where.activation] = fake_int8(args[where.activation], *self.ranges[0].ends())
-        weight = args[where.weight]
-        rounded[where.weight] = (
-            fake_int8_weight(weight, where.out_chans) if self.weighted else fake_int8(weight, *self.ranges[1].ends())
-        )
+        """The arguments of the operation with both factors rounded to int8."""
+        at, rounded = OPERANDS[site.op], list(args)
+        rounded[at.activation] = fake_int8(args[at.activation], *self.ranges[0].ends())
+        if self.weighted:
+            rounded[at.weight] = fake_int8_weight(args[at.weight], at.out_chans)
+        else:
+            rounded[at.weight] = fake_int8(args[at.weight], *self.ranges[1].ends())
         return tuple(rounded)
 
 
 class Calibration(Tracer):
-    """Finds the ranges of all activations that could run in int8: the first pass.
+    """First pass: finds the ranges of all activations of operations that could run in int8.
 
-    Args:
-        model: the model, in fp32.
-        num_batches: how many batches there will be.
-
-    Attributes:
-        found: what was found, in the order of the forward pass.
+    ``num_batches`` is the number of batches to come; ``found`` has the operations in the order of the forward pass.
     """
 
     def __init__(self, model: nn.Module, num_batches: int) -> None:
@@ -124,11 +113,10 @@ class Calibration(Tracer):
 
     def visit(self, site: Site, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if where := OPERANDS.get(site.op):
-            activation, weight = args[where.activation], args[where.weight]
+            weight = args[where.weight]
             weighted = site.op == "convolution" or weight.untyped_storage().data_ptr() in self.weights
-            ranges = [
-                self._range(values, where.chans) for values in ([activation] if weighted else [activation, weight])
-            ]
+            activations = [args[where.activation]] if weighted else [args[where.activation], weight]
+            ranges = [self._range(values, where.chans) for values in activations]
             found = self.found.setdefault(site, Quantized(weighted, ranges))
             if found.ranges is not ranges:
                 found.ranges = [_join(a, b) for a, b in zip(found.ranges, ranges, strict=True)]
@@ -136,17 +124,24 @@ class Calibration(Tracer):
 
     def _range(self, values: Tensor, chans: int) -> Range:
         count = round(values.numel() * self.num_batches * CLIPPED / 2)
-        count = min(max(count, 1), values.numel())
-        flat = values.flatten()
+        count, flat = min(max(count, 1), values.numel()), values.flatten()
         return Range(-(-flat).topk(count).values, flat.topk(count).values, _channels(values, chans))
 
 
-class Int8Noise(Tracer):
-    """Measures the error of each operation in int8, between others in fp32: the second pass."""
+class Int8(Tracer):
+    """Runs the operations in ``found`` in int8, and all others in fp32."""
 
     def __init__(self, model: nn.Module, found: Mapping[Site, Quantized]) -> None:
         super().__init__(model)
         self.found = found
+
+    def visit(self, site: Site, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        found = self.found.get(site)
+        return func(*(found.round(site, args) if found else args), **kwargs)
+
+
+class Int8Noise(Int8):
+    """Second pass: measures the error of each operation in ``found`` in int8 while the model runs in fp32."""
 
     def visit(self, site: Site, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         output = func(*args, **kwargs)
@@ -159,24 +154,17 @@ class Int8Noise(Tracer):
             for scheme in SCHEMES:
                 found.input_noise[scheme] += power(fake_int8(activation, *found.ranges[0].ends(scheme)) - activation)
             if found.weighted:
-                _measure_weight(found, args[where.weight], where.out_chans)
+                weight = args[where.weight]
+                channels, signal = _channels(weight, where.out_chans), power(weight)
+                bound = float(channels.max())
+                found.weight_snr = decibels(signal, power(fake_int8_weight(weight, where.out_chans) - weight))
+                found.tensor_weight_snr = decibels(signal, power(fake_int8(weight, -bound, bound) - weight))
+                found.weight_spread = _spread(channels)
         return output
 
 
-class Int8(Tracer):
-    """Runs the operations in ``found`` in int8, and all else in fp32."""
-
-    def __init__(self, model: nn.Module, found: Mapping[Site, Quantized]) -> None:
-        super().__init__(model)
-        self.found = found
-
-    def visit(self, site: Site, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        found = self.found.get(site)
-        return func(*(found.round(site, args) if found else args), **kwargs)
-
-
 def fake_int8(values: Tensor, low: float, high: float) -> Tensor:
-    """Activations rounded to 256 steps from ``low`` to ``high``, one of which is 0; what is beyond is clipped."""
+    """Activations rounded to 256 steps from ``low`` to ``high``, one of which is 0; numbers outside are clipped."""
     scale = (high - low) / 255
     if not (math.isfinite(scale) and scale > torch.finfo(torch.float32).tiny):
         return values.clone()
@@ -184,22 +172,14 @@ def fake_int8(values: Tensor, low: float, high: float) -> Tensor:
 
 
 def fake_int8_weight(weight: Tensor, out_chans: int) -> Tensor:
-    """Weights rounded to 255 steps that are symmetric about 0, with a range for each channel of dim ``out_chans``."""
+    """Weights rounded to 255 steps symmetric about 0, with a range for each channel of dimension ``out_chans``."""
     scale = (_channels(weight, out_chans) / 127).clamp_min(torch.finfo(torch.float32).tiny)
     zero = torch.zeros_like(scale, dtype=torch.int32)
     return torch.fake_quantize_per_channel_affine(weight, scale, zero, out_chans % weight.ndim, -127, 127)
 
 
-def _measure_weight(found: Quantized, weight: Tensor, out_chans: int) -> None:
-    channels, signal = _channels(weight, out_chans), power(weight)
-    bound = float(channels.max())
-    found.weight_snr = decibels(signal, power(fake_int8_weight(weight, out_chans) - weight))
-    found.tensor_weight_snr = decibels(signal, power(fake_int8(weight, -bound, bound) - weight))
-    found.weight_spread = _spread(channels)
-
-
 def _channels(values: Tensor, dim: int) -> Tensor:
-    """The largest magnitude in each channel of ``dim``."""
+    """The largest magnitude in each channel of dimension ``dim``."""
     return values.movedim(dim, 0).flatten(1).abs().amax(1)
 
 

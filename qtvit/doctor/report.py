@@ -1,4 +1,4 @@
-"""What was found in a model, and what follows from it."""
+"""The doctor's results: operations with verdicts, runs of the whole model, and the report of both."""
 
 import math
 from collections.abc import Mapping
@@ -12,23 +12,21 @@ from .measure import FORMATS, RELEASED, Numbers, decibels
 from .trace import Site
 
 HEADROOM = 8
-"""Numbers within this factor of a format's largest are "close" to overflowing: other images may go further."""
+"""Numbers within this factor of a format's largest are "close" to overflowing, as other images may go further."""
 MIN_SNR = 40.0
 """dB below which an operation in fp16 or bf16 is "imprecise": a relative error of 1 %. Rounding alone gives about 70 dB
 in fp16 and 50 dB in bf16.
 """
 MAX_FLUSHED = 0.01
-"""Share of the numbers other than 0, of an operation that is imprecise, above which 0s are to blame: "underflow"."""
+"""An imprecise operation is an "underflow" if fp16 rounds more than this fraction of its numbers other than 0 to 0."""
 MIN_INT8_SNR = 30.0
-"""dB of the model's outputs below which an operation, alone in int8, should rather not be: an error of 3 %."""
+"""An operation should stay out of int8 if it alone in int8 brings the model's outputs below this: an error of 3 %."""
 
-SEVERITY = {
-    name: rank
-    for rank, name in enumerate(("ok", "inputs", "close", "imprecise", "underflow", "sum", "overflow", "not finite"))
-}
-"""What can be said of an operation in a format, from good to bad. "inputs": they overflow, but its outputs would not;
+VERDICTS = ("ok", "inputs", "close", "imprecise", "underflow", "sum", "overflow", "not finite")
+"""Verdicts on an operation in a format, from best to worst. "inputs": its inputs overflow, but its outputs would not;
 "sum": partial sums may overflow, but not the result.
 """
+SEVERITY = {name: rank for rank, name in enumerate(VERDICTS)}
 
 
 @dataclass(frozen=True)
@@ -38,10 +36,10 @@ class Operation:
     Attributes:
         layer: the row of the report that it belongs to.
         site: where in the model it is.
-        numbers: what it computes in fp32, and its errors in fp16 and bf16.
-        kept: the formats in which the model, converted to them, computes it in fp32 nevertheless.
+        numbers: its numbers in fp32, and their errors in fp16 and bf16.
+        kept: formats in which the converted model still computes it in fp32.
         quantized: its errors in int8; None if it never runs in int8.
-        output_snr: of the model's outputs if this operation alone is in int8, in dB.
+        output_snr: signal-to-noise ratio of the model's outputs with this operation alone in int8, in dB.
     """
 
     layer: str
@@ -54,13 +52,11 @@ class Operation:
     @property
     def name(self) -> str:
         """What it computes, for readers."""
-        sums = f", sums {self.numbers.terms}" * (self.numbers.terms > 0)
-        if self.site.op == RELEASED:
-            return self.numbers.source
-        return f"{self.numbers.source} ({self.site.op}{sums})" if self.numbers.source else f"{self.site.op}{sums}"
+        source, op = self.numbers.source, self.site.op + f", sums {self.numbers.terms}" * (self.numbers.terms > 0)
+        return source if self.site.op == RELEASED else f"{source} ({op})" if source else op
 
     def verdict(self, name: str) -> str:
-        """What comes of the operation if it is computed in the format ``name``: a key of `SEVERITY`."""
+        """The verdict on the operation in the format ``name``, one of `VERDICTS`."""
         numbers, limit = self.numbers, float(torch.finfo(FORMATS[name]).max)
         if numbers.non_finite or numbers.faults[name] == "zero":
             return "not finite"
@@ -76,32 +72,27 @@ class Operation:
         return "close" if numbers.largest > limit / HEADROOM else "ok"
 
     def reason(self, name: str) -> str:
-        """The verdict in words."""
+        """The reason for the verdict, in words."""
         numbers, verdict = self.numbers, self.verdict(name)
         largest, snr = f"numbers up to {numbers.largest:.3g}", db_text(numbers.snr(name))
         flushed = numbers.flushed / max(numbers.count - numbers.zeros, 1)
-        match verdict:
-            case "not finite" if numbers.non_finite:
-                return f"{numbers.non_finite} numbers are infinite or NaN in fp32 already"
-            case "not finite":
-                return f"infinite or NaN in {name}, where an input becomes 0"
-            case "overflow" if numbers.faults[name] == "weight":
-                return f"a weight is too large for {name}"
-            case "inputs":
-                return f"its inputs overflow in {name}"
-            case "sum":
-                sums = f"terms that add up to {numbers.partial:.3g}"
-                return f"{largest}, of {sums}: overflows where a runtime adds them up in {name}"
-            case "underflow":
-                return f"{flushed:.0%} of the numbers become 0; {snr}"
-            case "imprecise":
-                return snr
-            case _:
-                return largest
+        if verdict == "not finite" and numbers.non_finite:
+            return f"{numbers.non_finite} numbers are infinite or NaN in fp32 already"
+        if verdict == "overflow" and numbers.faults[name] == "weight":
+            return f"a weight is too large for {name}"
+        sums = f"terms that add up to {numbers.partial:.3g}"
+        reasons = {
+            "not finite": f"infinite or NaN in {name}, where an input becomes 0",
+            "inputs": f"its inputs overflow in {name}",
+            "sum": f"{largest}, of {sums}: overflows where a runtime adds them up in {name}",
+            "underflow": f"{flushed:.0%} of the numbers become 0; {snr}",
+            "imprecise": snr,
+        }
+        return reasons.get(verdict, largest)
 
     @property
     def is_weighted(self) -> bool:
-        """Whether it multiplies with weights, and so runs in int8 by default."""
+        """Whether it multiplies with weights, so that quantizers put it in int8 by default."""
         return self.quantized is not None and self.quantized.weighted
 
     @property
@@ -110,11 +101,11 @@ class Operation:
         return self.output_snr < MIN_INT8_SNR
 
     def int8_reason(self) -> str:
-        """Why it loses precision in int8."""
+        """Why it loses precision in int8, in words."""
         found = self.quantized
         assert found is not None
         schemes = {name: decibels(found.input_signal, found.input_noise[name]) for name in SCHEMES}
-        best = max(schemes, key=lambda name: schemes[name])
+        best = max(schemes, key=schemes.__getitem__)
         text = f"model outputs {db_text(self.output_snr)} with this alone in int8"
         text += f"; its input {db_text(schemes[SCHEMES[0]])}"
         if schemes[best] > schemes[SCHEMES[0]] + 3:
@@ -125,7 +116,7 @@ class Operation:
         return text
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it, as JSON takes it."""
+        """Everything measured, for JSON."""
         numbers, found = self.numbers, self.quantized
         fields = {key: value for key, value in asdict(numbers).items() if key not in ("signal", "noise", "faults")}
         row = {"layer": self.layer, **self.site._asdict(), "name": self.name, **fields, "largest": numbers.largest}
@@ -158,17 +149,17 @@ class Operation:
 
 @dataclass(frozen=True)
 class Run:
-    """All images through the whole model in a format, compared with fp32.
+    """The whole model in a format on all images, compared with fp32.
 
     Attributes:
-        name: of the format, and what is kept out of it.
-        cast: whether the attention was cast too, and whatever else the model keeps in fp32.
-        agreement: share of images with the same most probable class; None if the outputs are not of classes.
-        snr: of the outputs in dB, as far as they are finite; of classes, their mean is taken off first.
-        largest, mean: of the magnitudes of the differences.
-        num_bad: outputs that are infinite or NaN.
-        first: the first operation with such numbers.
-        error: why it could not be run; "" if it could.
+        name: the format, and what is kept out of it.
+        cast: whether all operations were cast, also those that the model keeps in fp32.
+        agreement: fraction of images with the same most probable class; None if the outputs are not logits.
+        snr: signal-to-noise ratio of the finite outputs in dB; the mean is subtracted from logits first.
+        largest, mean: largest and mean magnitude of the differences.
+        num_bad: number of outputs that are infinite or NaN.
+        first: the first operation with such outputs.
+        error: why the model could not be run; "" if it could.
     """
 
     name: str
@@ -184,16 +175,10 @@ class Run:
 
 @dataclass(frozen=True)
 class Report:
-    """What `qtvit.doctor.examine` found.
+    """What `qtvit.doctor.examine` found about a model.
 
-    Attributes:
-        model: its name.
-        is_random: whether its weights are random, as it was given by name.
-        num_params: parameters.
-        data: where the images are from.
-        num_images, img_size, device: on what it was examined.
-        operations: in the order of the forward pass.
-        runs: of the whole model.
+    ``data`` says where the images are from; ``is_random`` is whether the weights are random, as the model was given by
+    name; ``operations`` are in the order of the forward pass.
     """
 
     model: str
@@ -208,7 +193,7 @@ class Report:
 
     @property
     def is_finite(self) -> bool:
-        """Whether the model as it is gives finite outputs in every format."""
+        """Whether the model's outputs are finite in every format, with whatever it keeps in fp32 left in fp32."""
         return not any(run.num_bad for run in self.runs if not run.cast)
 
     @property
@@ -218,7 +203,7 @@ class Report:
 
     @property
     def keep(self) -> list[str]:
-        """Names of the modules with `sensitive` operations: what to leave out when quantizing to int8."""
+        """Names of the modules with `sensitive` operations, to leave out when quantizing to int8."""
         return list(dict.fromkeys(op.site.module for op in self.sensitive))
 
     def layers(self) -> Mapping[str, list[Operation]]:
@@ -229,29 +214,22 @@ class Report:
         return found
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it, as JSON takes it: infinite numbers and NaN are the strings "inf", "-inf", "nan"."""
+        """Everything measured, for JSON: infinite numbers and NaN are the strings "inf", "-inf" and "nan"."""
         fields = {name: value for name, value in vars(self).items() if name not in ("operations", "runs")}
-        return _plain(
-            {
-                **fields,
-                "torch": torch.__version__,
-                "is_finite": self.is_finite,
-                "keep_in_higher_precision_than_int8": self.keep,
-                "runs": [asdict(run) for run in self.runs],
-                "operations": [op.to_dict() for op in self.operations],
-            }
-        )
+        fields |= {"torch": torch.__version__, "is_finite": self.is_finite}
+        fields |= {"keep_in_higher_precision_than_int8": self.keep, "runs": [asdict(run) for run in self.runs]}
+        return _plain(fields | {"operations": [op.to_dict() for op in self.operations]})
 
 
 def worst(operations: list[Operation], name: str, cast: bool = False) -> str:
-    """The worst verdict over operations in a format; without ``cast``, over those that the model does not keep."""
+    """The worst verdict on operations in a format; without ``cast``, of those that the model does not keep in fp32."""
     verdicts = [op.verdict(name) for op in operations if op.numbers.non_finite or cast or name not in op.kept]
     return max(verdicts, key=SEVERITY.__getitem__, default="ok")
 
 
 def db_text(value: float) -> str:
-    """A ratio of `decibels` for readers."""
-    return f"{round(value)} dB" if math.isfinite(value) else {math.inf: "exact"}.get(value, "not finite")
+    """A signal-to-noise ratio as text."""
+    return f"{round(value)} dB" if math.isfinite(value) else "exact" if value == math.inf else "not finite"
 
 
 def _plain(value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Running a model in every format, operation by operation and as a whole."""
+"""Runs a model in every format, measuring each operation and comparing the outputs with fp32."""
 
 import copy
 import math
@@ -21,15 +21,14 @@ from .trace import Site, Tracer, first_output, is_float
 
 
 class Cast(Tracer):
-    """Runs a model in its own dtype, and sees which operations it computes in fp32 nevertheless.
+    """Runs a model that was converted to 16 bits, and records which operations it still computes in fp32.
 
-    Args:
-        model: the model, converted to a dtype of 16 bits.
-        everything: refuse it fp32, so that all is computed in that dtype: as if a runtime had cast the whole graph.
+    With ``everything``, casts to fp32 are ignored and all is computed in 16 bits, as if a runtime had cast the whole
+    graph.
 
     Attributes:
-        dtypes: of the outputs of all operations.
-        first: the first operation with an output that is not finite, and where it is.
+        dtypes: dtype of the output of each operation.
+        first: the first operation with an output that is not finite; "" if there is none.
     """
 
     def __init__(self, model: nn.Module, everything: bool = False) -> None:
@@ -60,16 +59,20 @@ class Cast(Tracer):
 
 
 def run_all(network: nn.Module, batches: Sequence[Tensor]) -> tuple[tuple[Operation, ...], tuple[Run, ...]]:
-    """Measure all operations, and compare the whole model in every format with fp32.
+    """Measure all operations of ``network``, and compare the whole network in every format with fp32.
 
-    Args:
-        network: in fp32 and evaluation mode, on the device of the batches.
-        batches: its inputs.
+    The network has to be in fp32 and evaluation mode, on the device of its inputs ``batches``.
     """
+
+    def in_int8(name: str, found: Mapping[Site, Quantized], everything: bool = False) -> Run:
+        return _compare(name, exact, _outputs(network, batches, Int8(network, found), name), everything)
+
     with torch.no_grad(), _plain_arithmetic():
         ranges, calibration = Ranges(network), Calibration(network, len(batches))
         exact = _outputs(network, batches, ranges, "fp32")
-        runs, casts, kept = [_compare("fp32", exact, exact, first=_first_bad(ranges))], [], {}
+        measured = ranges.numbers.items()
+        bad = [_place(site, n.source) for site, n in measured if n.non_finite and site.op != RELEASED]
+        runs, casts, kept = [_compare("fp32", exact, exact, first=bad[0] if bad else "")], [], {}
         for name in FORMATS:
             run, kept[name] = _run_cast(network, batches, exact, name)
             runs.append(run)
@@ -78,37 +81,33 @@ def run_all(network: nn.Module, batches: Sequence[Tensor]) -> tuple[tuple[Operat
         _outputs(network, batches, calibration, "int8 ranges")
         found = calibration.found
         _outputs(network, batches, Int8Noise(network, found), "int8 errors")
-        alone = _one_by_one(network, batches, exact, found)
+        alone = {}
+        for site, one in console.progress(found.items(), total=len(found), desc="int8, one by one", unit="op"):
+            with console.quiet():
+                alone[site] = _output_snr(exact, _outputs(network, batches, Int8(network, {site: one}), ""))
         layers = layer_names(network)
-        operations = tuple(
-            Operation(
-                layers[site.module],
-                site,
-                numbers,
-                frozenset(name for name in FORMATS if site in kept[name] or site.op == RELEASED),
-                found.get(site),
-                alone.get(site, math.inf),
-            )
-            for site, numbers in ranges.numbers.items()
-        )
+        operations = []
+        for site, numbers in measured:
+            in_fp32 = frozenset(name for name in FORMATS if site in kept[name] or site.op == RELEASED)
+            output_snr = alone.get(site, math.inf)
+            operations.append(Operation(layers[site.module], site, numbers, in_fp32, found.get(site), output_snr))
         weighted = {site: one for site, one in found.items() if one.weighted}
         sensitive = {op.site for op in operations if op.is_sensitive} & set(weighted)
         if weighted:
-            runs.append(_run_int8(network, batches, exact, "int8", weighted))
+            runs.append(in_int8("int8", weighted))
         if sensitive:
             name = f"int8 but for {len(sensitive)} layer{'s' * (len(sensitive) > 1)}"
-            rest = {site: one for site, one in weighted.items() if site not in sensitive}
-            runs.append(_run_int8(network, batches, exact, name, rest))
+            runs.append(in_int8(name, {site: one for site, one in weighted.items() if site not in sensitive}))
         if len(weighted) < len(found):
-            casts.append(_run_int8(network, batches, exact, "int8", found, everything=True))
-    return operations, (*runs, *casts)
+            casts.append(in_int8("int8", found, everything=True))
+    return tuple(operations), (*runs, *casts)
 
 
 def layer_names(network: nn.Module) -> dict[str, str]:
-    """For each module, the layer that its operations are reported with.
+    """By module name, the name of the layer that the module's operations are reported under.
 
-    A convolution or linear layer is one with the norm and the activation around it, if all are parts of a module that
-    has no others; any other module is a layer of its own.
+    A convolution or linear layer forms one layer with the norm and the activation around it, if their parent module
+    consists of these only; any other module is a layer of its own.
     """
     names: dict[str, str] = {}
     for path, _ in network.named_modules():
@@ -123,7 +122,7 @@ def layer_names(network: nn.Module) -> dict[str, str]:
 def _run_cast(
     network: nn.Module, batches: Sequence[Tensor], exact: Tensor, name: str, everything: bool = False
 ) -> tuple[Run, set[Site]]:
-    """The model in 16 bits, and the operations that it computes in fp32 nevertheless."""
+    """The run of the model in a format of 16 bits, and the operations that it still computes in fp32."""
     converted = copy.deepcopy(network).to(FORMATS[name])
     cast = Cast(converted, everything)
     try:
@@ -135,33 +134,10 @@ def _run_cast(
     return _compare(name, exact, outputs, everything, cast.first), kept
 
 
-def _run_int8(
-    network: nn.Module,
-    batches: Sequence[Tensor],
-    exact: Tensor,
-    name: str,
-    found: Mapping[Site, Quantized],
-    everything: bool = False,
-) -> Run:
-    """The model with the operations in ``found`` in int8."""
-    return _compare(name, exact, _outputs(network, batches, Int8(network, found), name), everything)
-
-
-def _one_by_one(
-    network: nn.Module, batches: Sequence[Tensor], exact: Tensor, found: Mapping[Site, Quantized]
-) -> dict[Site, float]:
-    """The signal-to-noise ratio of the outputs, in dB, with each operation alone in int8."""
-    result = {}
-    for site, one in console.progress(found.items(), total=len(found), desc="int8, one by one", unit="op"):
-        with console.quiet():
-            result[site] = _output_snr(exact, _outputs(network, batches, Int8(network, {site: one}), ""))
-    return result
-
-
 def _outputs(
     network: nn.Module, batches: Sequence[Tensor], tracer: Tracer, desc: str, dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """What the network gives for all batches as ``dtype``, seen by ``tracer``: on the CPU, in fp32."""
+    """The network's outputs for all batches as ``dtype``, within the context of ``tracer``; in fp32 on the CPU."""
     outputs = []
     with tracer:
         for batch in console.progress(batches, desc=desc, unit="batch"):
@@ -187,7 +163,7 @@ def _compare(name: str, exact: Tensor, outputs: Tensor, cast: bool = False, firs
 
 
 def _output_snr(exact: Tensor, outputs: Tensor) -> float:
-    """In dB; what the logits of all classes have in common is no signal."""
+    """Signal-to-noise ratio in dB; the mean over the classes does not count as signal, as it does not matter."""
     signal = exact - exact.mean(1, keepdim=True) if _are_logits(exact) else exact
     return decibels(power(signal), power(outputs - exact))
 
@@ -196,14 +172,8 @@ def _are_logits(outputs: Tensor) -> bool:
     return outputs.ndim == 2 and outputs.shape[1] > 1
 
 
-def _first_bad(ranges: Ranges) -> str:
-    """The first operation whose numbers are not finite in fp32."""
-    bad = ((site, numbers) for site, numbers in ranges.numbers.items() if numbers.non_finite and site.op != RELEASED)
-    return next((_place(site, numbers.source) for site, numbers in bad), "")
-
-
 def _cast_constant(value: Any, dtype: torch.dtype) -> Any:
-    """A number in the code, infinite if it is too large for ``dtype``."""
+    """A constant of the model's code in ``dtype``: infinite if it is too large."""
     if isinstance(value, float) and dtype in FORMATS.values() and abs(value) > torch.finfo(dtype).max:
         return math.copysign(math.inf, value)
     return value
@@ -215,9 +185,7 @@ def _place(site: Site, source: str) -> str:
 
 @contextmanager
 def _plain_arithmetic() -> Iterator[None]:
-    """fp32 that is fp32 on a GPU too; and of fused attention the products and the softmax that exporters make of it, in
-    the model's dtype.
-    """
+    """Within this context fp32 is not TF32, and fused attention runs as products and softmax in the model's dtype."""
     cuda = torch.backends.cuda
     before = cuda.fp16_bf16_reduction_math_sdp_allowed(), cuda.matmul.allow_tf32
     cuda.allow_fp16_bf16_reduction_math_sdp(True)

@@ -1,4 +1,4 @@
-"""The report as lines of text."""
+"""The doctor's report as lines of text."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -7,17 +7,17 @@ from .measure import FORMATS, FP16, RELEASED
 from .report import MIN_SNR, SEVERITY, Operation, Report, Run, db_text, worst
 
 MAX_LAYERS = 20
-"""Layers of the table, unless all are asked for."""
+"""Number of layers to show unless all are asked for."""
 WIDTHS = (10, 6, 6, 10, 6)
-"""Of the columns that say what becomes of a layer."""
+"""Widths of the columns with the verdicts and signal-to-noise ratios of a layer."""
 MAX_LINES = 4
-"""Lines below a layer, unless all are asked for."""
+"""Number of problems to show below a layer unless all are asked for."""
 INT8_SEVERITY = SEVERITY["underflow"] + 0.5
-"""Where operations that lose precision in int8 come among the others."""
+"""Rank of precision lost in int8 among the verdicts of `SEVERITY`."""
 
 
 def lines(report: Report, show_all: bool = False) -> Iterator[str]:
-    """The layers, the worst first, with what is wrong below each; the runs of the whole model; the summary."""
+    """The layers, the worst first, each followed by its problems; the runs of the whole model; a summary."""
     height, width = report.img_size
     images = f"{report.num_images} images of {height}x{width} from {report.data}"
     yield f"{report.model}: {report.num_params / 1e6:.2f} M parameters, {images}, {report.device}"
@@ -45,22 +45,23 @@ def _table(report: Report, show_all: bool) -> Iterator[str]:
         low = min((op.numbers.low for op in computed), default=math.nan)
         high = max((op.numbers.high for op in computed), default=math.nan)
         span = f"{low:.3g} … {high:.3g}"
-        cells = [worst(row, "fp16"), _least(row, "bf16"), _int8(row, weighted=True)]
-        cells += [worst(row, "fp16", cast=True) if any(op.kept for op in row) else "", _int8(row, weighted=False)]
+        cells = [worst(row, "fp16"), _least([op.numbers.snr("bf16") for op in row if "bf16" not in op.kept])]
+        cells.append(_least([op.output_snr for op in row if op.is_weighted]))
+        cells.append(worst(row, "fp16", cast=True) if any(op.kept for op in row) else "")
+        cells.append(_least([op.output_snr for op in row if op.quantized and not op.is_weighted]))
         text = [f"{cell:>{size}}" for cell, size in zip(cells, WIDTHS, strict=True)]
         yield f"{layer:<{width}}  {span:>19}  {'  '.join(text)}".rstrip()
-        problems = list(_problems(row))
+        problems = [f"    {problem}" for problem in _problems(row)]
         cut = len(problems) if show_all else MAX_LINES
-        yield from (f"    {problem}" for problem in problems[:cut])
+        yield from problems[:cut]
         if len(problems) > cut:
             yield f"    … and {len(problems) - cut} more"
     if len(ranked) > len(shown):
         yield f"… and {len(ranked) - len(shown)} more layers that are no worse (--all shows them)"
 
 
-def _badness(row: Sequence[Operation]) -> tuple[float, ...]:
-    """How bad a layer is: first what the model itself runs into, then what casting all of it would."""
-    ops = list(row)
+def _badness(ops: list[Operation]) -> tuple[float, ...]:
+    """Sort key of a layer: first the problems of the model as it runs, then those of casting all of it."""
     rank = (
         max(SEVERITY[worst(ops, name)] for name in FORMATS),
         any(op.is_sensitive and op.is_weighted for op in ops),
@@ -70,19 +71,13 @@ def _badness(row: Sequence[Operation]) -> tuple[float, ...]:
     return (*rank, 0.0 if any(rank) else -min(op.output_snr for op in ops))
 
 
-def _least(row: Sequence[Operation], name: str) -> str:
-    """The lowest signal-to-noise ratio of the operations that the model does not keep in fp32."""
-    ratios = [op.numbers.snr(name) for op in row if name not in op.kept]
-    return db_text(min(ratios)) if ratios else ""
-
-
-def _int8(row: Sequence[Operation], weighted: bool) -> str:
-    ratios = [op.output_snr for op in row if op.quantized and op.is_weighted == weighted]
+def _least(ratios: Sequence[float]) -> str:
+    """The lowest ratio in ``ratios`` as text; "" if there are none."""
     return db_text(min(ratios)) if ratios else ""
 
 
 def _problems(row: Sequence[Operation]) -> Iterator[str]:
-    """Lines on what is wrong with the operations of a layer, the worst first; like ones as one."""
+    """A line for each problem of a layer's operations, the worst first; operations with the same problem share one."""
     found: dict[tuple[str, str, str, bool], list[Operation]] = {}
     for op in row:
         for name in FORMATS:
@@ -98,11 +93,8 @@ def _problems(row: Sequence[Operation]) -> Iterator[str]:
             yield f"int8: {what}{times}: {min(ops, key=lambda op: op.output_snr).int8_reason()}"
             continue
         op = max(ops, key=lambda op: (op.numbers.partial, op.numbers.largest))
-        note = ""
-        if op.site.op == RELEASED:
-            note = "; not in this model"
-        elif is_kept:
-            note = "; the model keeps it in fp32"
+        note = "; the model keeps it in fp32" if is_kept else ""
+        note = "; not in this model" if op.site.op == RELEASED else note
         yield f"{name} {verdict}: {what}{times}: {op.reason(name)}{note}"
 
 
@@ -133,18 +125,16 @@ def _summary(report: Report) -> Iterator[str]:
         run = runs[name, False]
         kept = [op for op in operations if name in op.kept and op.site.op != RELEASED]
         own = [op for op in operations if name not in op.kept]
-        bad = f"{run.num_bad} outputs are infinite or NaN, first in {run.first}" * (run.num_bad > 0)
-        problems = ", ".join(text for text in (bad, _verdicts(own, name)) if text)
+        bad = f"{run.num_bad} outputs are infinite or NaN, first in {run.first}" if run.num_bad else ""
+        problems = ", ".join(filter(None, (bad, _verdicts(own, name))))
         unknown = " (what the model keeps in fp32 is not known)" * bool(run.error)
         yield f"{name}: {problems or _largest_text(own, name)}{unknown}"
         if kept:
             text = _verdicts(kept, name)
             more = f"of these, if a runtime cast them: {text}" if text else "they would be fine in it too"
             yield f"      {len(kept)} operations stay in fp32 within the model; {more}"
-        if released := [op for op in operations if op.site.op == RELEASED]:
-            text = _verdicts(released, name)
-            if text and name == "fp16":
-                yield f"      the released code in {name}: {text}"
+        if name == "fp16" and (text := _verdicts([op for op in operations if op.site.op == RELEASED], name)):
+            yield f"      the released code in {name}: {text}"
     yield from _int8_summary(report, runs.get(("int8", False)))
 
 
@@ -173,7 +163,7 @@ def _int8_summary(report: Report, run: Run | None) -> Iterator[str]:
 
 
 def _verdicts(operations: Sequence[Operation], name: str) -> str:
-    """How many of the operations have which verdict in a format, and the first of each; "" if all are well."""
+    """The number of operations with each bad verdict in a format, and the first of each; "" if there are none."""
     limit = f"{FP16.max:.0f}" if name == "fp16" else "overflow"
     words = {
         "not finite": ("gives infinite numbers or NaN", "give infinite numbers or NaN"),

@@ -1,6 +1,6 @@
 """What attention looks at: exact rows of its weights, and how focused they are.
 
-``qtvit.explain.draw`` makes pictures of them; it needs matplotlib, which the ``train`` extra brings.
+``qtvit.explain.draw`` makes pictures of them; it needs matplotlib, which the ``train`` extra installs.
 """
 
 from .entropy import Focus, sharpness

@@ -1,4 +1,4 @@
-"""Pictures of attention: rows of weights over the image, and how focused the layers are."""
+"""Pictures of attention: rows of weights over the image, and how focused each layer is."""
 
 import itertools
 import math
@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from numbers import Integral
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -23,27 +24,29 @@ from .points import Point
 from .view import Attention
 
 MAX_MAPS = 300
-"""In one picture."""
+"""Largest number of maps in one picture."""
 NAME_CHARS = 32
-"""Characters of the name of a run that are drawn in a legend."""
+"""Largest number of characters of a run's name in a legend."""
 CHARS_PER_INCH = 13
-"""Of a line of text."""
+"""Characters in an inch of text."""
 MARGIN, TITLE, BAR, HEADER = 0.12, 0.26, 0.6, 0.62
-"""Inches around the picture, above a map, right of it, and above all maps of a run."""
+"""Space in inches: around the picture, above a map for its title, right of it for its colour bar, above a run."""
 CELL = 2.3
-"""Inches from one map to the next, at least, so that its title fits."""
+"""Smallest distance in inches from one map to the next, so that its title fits."""
 ALPHA, GREY = 0.6, 0.8
-"""Opacity of the colours, and brightness of the image below them."""
+"""Opacity of the colours of a map, and brightness of the image below them."""
+Box = tuple[float, float, float, float]
+"""(x, y, width, height) in inches from the upper left corner."""
 
 
 def check_maps(num_points: int, num_heads: Sequence[int], head: int | str) -> None:
-    """Whether `draw_attention` can draw ``head`` for that many points of runs of ``num_heads`` heads each.
+    """Check that `draw_attention` can draw ``head`` for ``num_points`` points of runs with ``num_heads`` heads each.
 
     Raises:
         ValueError: ``head`` is not "mean", "all" or the number of a head, or there are more than `MAX_MAPS` maps.
     """
+    is_number = isinstance(head, Integral) and not isinstance(head, bool)
     for count in num_heads:
-        is_number = isinstance(head, Integral) and not isinstance(head, bool)
         if head not in ("mean", "all") and not (is_number and head in range(count)):
             raise ValueError(f"head must be mean, all or a number from 0 to {count - 1}, got {head}")
     num_maps = num_points * (sum(num_heads) if head == "all" else len(num_heads))
@@ -54,17 +57,15 @@ def check_maps(num_points: int, num_heads: Sequence[int], head: int | str) -> No
 def draw_attention(
     runs: Mapping[str, Attention], out: Path, head: int | str = "mean", columns: int | None = None
 ) -> None:
-    """Write a PNG of the image with its points, and beside it each point's attention row in every run.
+    """Write a PNG of the image with its points, and beside it a map of each point's attention row in every run.
 
-    Several runs stand side by side, with a line for each point; the maps of a single run are in ``columns`` (default:
-    what suits their number). Weights are multiples of the uniform weight 1 / N. The colours of a map go from 0 to its
-    own largest weight; those of weights of both signs diverge from 0.
+    Several runs stand side by side, with the maps of a point in one row. Weights are drawn as multiples of the uniform
+    weight 1 / N, in colours from 0 to the largest weight of the map; they diverge from 0 if there are both signs.
 
     Args:
-        runs: by name, rows for the same points of the same image.
-        out: file to write.
+        runs: rows of attention by run name, for the same points of the same image.
         head: "mean" over the heads, the number of one, or "all" side by side.
-        columns: of maps, for a single run.
+        columns: number of columns of maps, for a single run; default: by the number of maps.
 
     Raises:
         ValueError: no such head, or more than `MAX_MAPS` maps.
@@ -77,34 +78,31 @@ def draw_attention(
     num_heads = max(weights.shape[1] for weights in maps.values())
     num_maps = num_points * sum(weights.shape[1] for weights in maps.values())
     columns = min(columns or (1 if num_heads > 1 else _columns(num_points)), num_points) if len(runs) == 1 else 1
-    across = _columns(num_heads)  # heads of a point, from left to right
+    across = _columns(num_heads)  # columns of the heads of one point
     width, height = _fit(first.image.size, 2.4 if num_maps <= 12 else 1.6)
     pitch = max(width + BAR, CELL)
     cell_width, cell_height = across * pitch, -(-num_heads // across) * (height + TITLE)
     source_width, source_height = _fit(first.image.size, 2.4)
     run_width = max(columns * cell_width, 3)
     top, left = MARGIN + HEADER, 3 * MARGIN + max(source_width, 2.4)
-    canvas = _Canvas(
-        left + len(runs) * run_width, top + max(-(-num_points // columns) * cell_height, source_height + TITLE) + MARGIN
-    )
-    with matplotlib.rc_context({"text.parse_math": False}):  # the name of a class may hold dollars
+    total_height = top + max(-(-num_points // columns) * cell_height, source_height + TITLE) + MARGIN
+    canvas = _Canvas(left + len(runs) * run_width, total_height)
+    with matplotlib.rc_context({"text.parse_math": False}):  # class names may contain dollar signs
         _draw_image(canvas, first, (MARGIN, top + TITLE, source_width, source_height))
         for number, (name, run) in enumerate(runs.items()):
             x = left + number * run_width
             canvas.text(x, MARGIN, _describe_run(name, run, head), run_width)
             for point, index in itertools.product(range(num_points), range(maps[name].shape[1])):
                 (row, column), (down, right) = divmod(point, columns), divmod(index, across)
-                corner = (
-                    x + column * cell_width + right * pitch,
-                    top + TITLE + row * cell_height + down * (height + TITLE),
-                )
+                map_y = top + TITLE + row * cell_height + down * (height + TITLE)
+                box = (x + column * cell_width + right * pitch, map_y, width, height)
                 title = f"{point + 1}: " * (num_points > 1) + f"head {index}, " * (num_heads > 1)
-                _draw_map(canvas, run, maps[name][point, index], run.marks[point], (*corner, width, height), title)
+                _draw_map(canvas, run, maps[name][point, index], run.marks[point], box, title)
         _save(canvas.figure, out)
 
 
 def draw_focus(runs: Mapping[str, Sequence[Focus]], out: Path) -> None:
-    """Write a PNG of entropy and effective support by layer, with a line for each run.
+    """Write a PNG of the entropy and the effective support by layer, with a line for each run.
 
     Raises:
         OSError: the file cannot be written.
@@ -133,40 +131,40 @@ def draw_focus(runs: Mapping[str, Sequence[Focus]], out: Path) -> None:
 
 
 class _Canvas:
-    """A figure on which things are placed in inches from the upper left corner."""
+    """A figure whose parts are placed in inches from the upper left corner."""
 
     def __init__(self, width: float, height: float) -> None:
         self.figure = Figure(figsize=(width, height))
         self.width, self.height = width, height
 
-    def axes(self, box: tuple[float, float, float, float]) -> Axes:
-        """New axes at (x, y, width, height)."""
+    def axes(self, box: Box) -> Axes:
+        """Add axes at ``box``."""
         x, y, width, height = box
         where = x / self.width, 1 - (y + height) / self.height, width / self.width, height / self.height
         return self.figure.add_axes(where)
 
     def text(self, x: float, y: float, lines: Sequence[str], width: float) -> None:
-        """Lines whose upper left corner is at (x, y), cut to ``width``."""
+        """Add lines of text with their upper left corner at (x, y), shortened to ``width``."""
         text = "\n".join(shorten(line, int(width * CHARS_PER_INCH)) for line in lines)
         self.figure.text(x / self.width, 1 - y / self.height, text, va="top", fontsize=9, linespacing=1.4)
 
 
 def _pick_heads(weights: Tensor, head: int | str) -> Tensor:
-    """Of (points, heads, H, W): their mean (points, 1, H, W), all, or the one of that number, (points, 1, H, W)."""
+    """The heads to draw of ``weights`` (points, heads, H, W): (points, 1, H, W), or all as they are."""
     if head == "mean":
         return weights.mean(1, keepdim=True)
     return weights if head == "all" else weights[:, [head]]
 
 
 def _fit(size: tuple[int, int], side: float) -> tuple[float, float]:
-    """Width and height in the proportions of ``size``, with the area of a square of ``side`` or, if very long, less."""
+    """Width and height in the proportions of ``size``, with the area of a square of ``side``, or less if very long."""
     ratio = size[0] / size[1]
     width = side * min(ratio**0.5, 2, ratio * 2)
     return width, width / ratio
 
 
 def _columns(count: int) -> int:
-    """How many of ``count`` maps to draw from left to right."""
+    """Number of columns for ``count`` maps."""
     return min(count, 4 if count <= 12 else 8)
 
 
@@ -178,8 +176,8 @@ def _describe_run(name: str, run: Attention, head: int | str) -> list[str]:
     return [f"{name}: kernel {run.kernel}", f"{run.layer}, {tokens}", f"{heads}{sees}"]
 
 
-def _draw_image(canvas: _Canvas, run: Attention, box: tuple[float, float, float, float]) -> None:
-    """The image as the network saw it, with numbers at the points."""
+def _draw_image(canvas: _Canvas, run: Attention, box: Box) -> None:
+    """Draw the image as the network saw it, with numbers at the points."""
     about = ["query: the circle", "colours: weight × number of", "tokens, 1 if all are alike"]
     canvas.text(box[0], MARGIN, about, max(box[2], 2.4))
     axes = canvas.axes(box)
@@ -190,28 +188,14 @@ def _draw_image(canvas: _Canvas, run: Attention, box: tuple[float, float, float,
     for number, mark in enumerate(run.marks, start=1):
         _draw_mark(axes, mark)
         if len(run.marks) > 1:
-            is_upper = mark[1] < run.image.height / 2
-            axes.annotate(
-                str(number),
-                mark,
-                (7, -4 if is_upper else 4),  # away from the upper and lower edge
-                textcoords="offset points",
-                va="top" if is_upper else "bottom",
-                color="white",
-                fontsize=9,
-                bbox=label,
-            )
+            # Numbers are placed away from the upper and lower edge.
+            offset, va = ((7, -4), "top") if mark[1] < run.image.height / 2 else ((7, 4), "bottom")
+            style: dict[str, Any] = {"textcoords": "offset points", "va": va, "color": "white", "fontsize": 9}
+            axes.annotate(str(number), mark, offset, bbox=label, **style)
 
 
-def _draw_map(
-    canvas: _Canvas,
-    run: Attention,
-    weights: Tensor,
-    mark: Point,
-    box: tuple[float, float, float, float],
-    title: str,
-) -> None:
-    """``weights`` (H, W) in colours over the dimmed image, the query, and a bar that explains the colours."""
+def _draw_map(canvas: _Canvas, run: Attention, weights: Tensor, mark: Point, box: Box, title: str) -> None:
+    """Draw ``weights`` (H, W) in colours over the dimmed image, the query, and a colour bar."""
     x, y, width, height = box
     axes = canvas.axes(box)
     multiples = (weights * weights.numel()).numpy()
@@ -220,7 +204,7 @@ def _draw_map(
     norm = Normalize(-largest if is_signed else 0, largest)
     grey = np.asarray(run.image.convert("L")) * GREY
     axes.imshow(grey, cmap="gray", vmin=0, vmax=255, interpolation="bilinear")
-    # Token i is centred on pixel stride * i. The image may end later than the last tokens do, which are repeated there.
+    # Token i is centred on pixel stride * i. The last tokens are repeated, as the image may extend beyond them.
     heat = np.pad(multiples, (0, 1), mode="edge")
     left, right, bottom = (run.stride * (count - 0.5) for count in (0, *heat.shape[::-1]))
     colors = "RdBu_r" if is_signed else "inferno"
@@ -233,26 +217,18 @@ def _draw_map(
     _draw_mark(axes, mark)
     bar_axes = canvas.axes((x + width + 0.06, y, 0.08, height))
     bar = canvas.figure.colorbar(ScalarMappable(norm, colors), cax=bar_axes, alpha=ALPHA)
-    bar_axes.set_facecolor(str(grey.mean() / 255))  # its colours are those over a part of the image of mean brightness
+    bar_axes.set_facecolor(str(grey.mean() / 255))  # the bar shows the colours over mean brightness of the image
     bar.ax.tick_params(labelsize=7, length=2, pad=2)
     bar.outline.set_visible(False)
 
 
 def _draw_mark(axes: Axes, mark: Point) -> None:
-    """A circle that can be seen on any ground."""
-    for color, line in (("black", 3.2), ("white", 1.5)):
-        axes.plot(
-            *mark,
-            "o",
-            markersize=8,
-            markerfacecolor="none",
-            markeredgecolor=color,
-            markeredgewidth=line,
-            clip_on=False,
-        )
+    """Draw a circle at ``mark``, white on black so that it shows on any background."""
+    for color, width in (("black", 3.2), ("white", 1.5)):
+        axes.plot(*mark, "o", ms=8, mfc="none", mec=color, mew=width, clip_on=False)
 
 
 def _save(figure: Figure, out: Path) -> None:
     with warnings.catch_warnings(), replacing(out) as temporary:
-        warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # names in any script
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # names may be in any script
         figure.savefig(temporary, format="png", dpi=120)

@@ -1,4 +1,4 @@
-"""How focused attention is, as numbers."""
+"""Measures of how focused attention is."""
 
 import math
 from dataclasses import dataclass
@@ -10,19 +10,19 @@ from qtvit.layers import MultiScaleAttention
 from qtvit.ops import attention_weights
 
 MAX_WEIGHTS = 2**22
-"""Weights that are in memory at once while all rows of a layer are measured."""
+"""Number of weights in memory at once while all rows of a layer are measured."""
 
 
 @dataclass(frozen=True)
 class Focus:
-    """How focused one attention layer is: means over all its queries and heads.
+    """How focused one attention layer is, as means over all its queries and heads.
 
     Attributes:
-        layer: module name.
-        kernel: its name.
+        layer: module name of the layer.
+        kernel: name of its kernel.
         map_size: (H, W) of its tokens.
-        entropy: of the weights in nats, divided by log N: 1 for weights that are all equal, 0 for a single one.
-        support: effective support, exp(entropy) / N: the share of the tokens that a query attends to.
+        entropy: entropy of the weights divided by log N: 1 if all weights are equal, 0 if only one is not 0.
+        support: effective support exp(entropy) / N, with the entropy in nats: the fraction of tokens attended to.
     """
 
     layer: str
@@ -33,12 +33,10 @@ class Focus:
 
 
 def sharpness(weights: Tensor) -> tuple[Tensor, Tensor]:
-    """Entropy in nats divided by log N, and effective support exp(entropy) / N, of rows of weights.
+    """Entropy divided by log N, and effective support exp(entropy) / N, of rows of weights: (..., N) -> (...), (...).
 
-    Weights are taken as shares |w| / Σ|w|, so rows of both signs have them too. Both are 1 for a single token, and NaN
-    for a row without any weight, as relu's may be.
-
-    (..., N) -> (...), (...).
+    The entropy is that of |w| / Σ|w|, so that it is defined for rows of both signs. Both results are 1 for a single
+    token, and NaN for a row of zeros, which the relu kernel may give.
     """
     num_tokens = weights.shape[-1]
     shares = weights.abs()
@@ -50,18 +48,17 @@ def sharpness(weights: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def layer_focus(layer: MultiScaleAttention, x: Tensor) -> tuple[float, float]:
-    """Means of `sharpness` over all queries and heads of ``layer`` with the input x (1, C, H, W).
+    """Means of `sharpness` over all queries and heads of ``layer`` for the input x (1, C, H, W).
 
-    Queries without any weight are left out; NaN if there is no other. At most `MAX_WEIGHTS` weights (or one query's)
-    are in memory at once.
+    Queries whose weights are all 0 are left out; NaN if there are no others. At most `MAX_WEIGHTS` weights, or those of
+    one query, are in memory at once.
     """
     q, k, _ = (tokens.mT for tokens in layer.tokens(x))  # (1, heads, N, D)
     _, num_heads, num_tokens, _ = q.shape
     entropies, supports = [], []
     for queries in q.split(max(MAX_WEIGHTS // (num_heads * num_tokens), 1), dim=2):
-        entropy, support = sharpness(
-            attention_weights(queries, k, layer.kernel, dict(layer.scalars.items()), layer.attn_eps)
-        )
+        weights = attention_weights(queries, k, layer.kernel, dict(layer.scalars.items()), layer.attn_eps)
+        entropy, support = sharpness(weights)
         entropies.append(entropy.flatten())
         supports.append(support.flatten())
     return float(torch.cat(entropies).nanmean()), float(torch.cat(supports).nanmean())

@@ -11,7 +11,7 @@ Point = tuple[float, float]
 
 
 def parse_point(text: str) -> Point:
-    """The point in a text such as "120,80"; ValueError if there is none."""
+    """The point in a text such as "120,80"; ValueError for any other text."""
     try:
         x, y = map(float, text.split(","))
     except ValueError:
@@ -22,7 +22,7 @@ def parse_point(text: str) -> Point:
 
 
 def parse_grid(text: str) -> tuple[int, int]:
-    """Rows and columns in a text such as "3x4"; ValueError if there are none."""
+    """The rows and columns in a text such as "3x4"; ValueError for any other text."""
     match = re.fullmatch(r"(\d+)x(\d+)", text)
     rows, columns = (int(match[1]), int(match[2])) if match else (0, 0)
     if not rows or not columns:
@@ -31,21 +31,19 @@ def parse_grid(text: str) -> tuple[int, int]:
 
 
 def grid_points(rows: int, columns: int, size: tuple[int, int]) -> list[Point]:
-    """The centres of equal fields, row by row, on an image of ``size`` (width, height); of one field, its centre."""
-    ys, xs = (_centres(count, side) for count, side in ((rows, size[1]), (columns, size[0])))
-    return [(x, y) for y in ys for x in xs]
+    """The centres of ``rows`` x ``columns`` equal fields of an image of ``size`` (width, height), row by row."""
 
+    def centres(count: int, side: int) -> list[float]:  # kept on the image where fields are smaller than pixels
+        return [min(max((i + 0.5) * side / count - 0.5, 0), side - 1) for i in range(count)]
 
-def _centres(count: int, side: int) -> list[float]:
-    """Of ``count`` equal parts of ``side`` pixels, but no nearer to its ends than the first and last pixel."""
-    return [min(max((i + 0.5) * side / count - 0.5, 0), side - 1) for i in range(count)]
+    return [(x, y) for y in centres(rows, size[1]) for x in centres(columns, size[0])]
 
 
 def check_points(at: Any, size: tuple[int, int]) -> list[Point]:
-    """The point or points ``at``, all inside an image of ``size`` (width, height); ValueError if they are not."""
+    """``at``, a point or several, as a list; ValueError if one is not inside an image of ``size`` (width, height)."""
     try:
         points = np.asarray(at.tolist() if isinstance(at, Tensor) else at)
-    except (TypeError, ValueError, RuntimeError):  # a ragged list, or one of tensors on a GPU
+    except (TypeError, ValueError, RuntimeError):  # a ragged list, or a list of tensors on a GPU
         points = np.empty(0)
     if points.dtype.kind not in "iuf" or points.shape[-1:] != (2,) or points.ndim > 2 or not len(points):
         raise ValueError(f"at is a point (x, y), two numbers, or a list of points, got {at!r:.80}")

@@ -1,13 +1,12 @@
-"""A network's view of an image, and the exact rows of its attention.
+"""A network's view of an image, with exact rows of its attention weights.
 
-Points are (x, y) in pixels, and (0, 0) is the centre of the upper left pixel. A network's strides are those of 3×3
-convolutions padded by 1, of which output i is centred on input 2 i: so at a stride of s, token i is centred on pixel
-s i, and covers the pixels from s (i - 1/2) to s (i + 1/2).
+Points are (x, y) in pixels, and (0, 0) is the centre of the upper left pixel. The network downsamples with 3×3
+convolutions padded by 1, whose output i is centred on input 2 i. So at a stride of s, token i is centred on pixel s i,
+and covers the pixels from s (i - 1/2) to s (i + 1/2).
 """
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from numbers import Integral
@@ -42,18 +41,18 @@ Model = ClassPredictor | nn.Module | str | Path
 
 @dataclass(frozen=True)
 class Attention:
-    """Rows of the attention weights of one layer: to what some points of an image attend.
+    """Rows of the attention weights of one layer: what some points of an image attend to.
 
     Attributes:
-        weights: (points, heads, H, W) in fp32, on the CPU; those of a normalised kernel sum to 1 over H and W. The
+        weights: (points, heads, H, W) in fp32, on the CPU. For a normalised kernel they sum to 1 over H and W. The
             first half of the heads sees single tokens, the second half neighbourhoods of 5×5.
-        layer: module name.
-        kernel: its name.
+        layer: module name of the layer.
+        kernel: name of its kernel.
         stride: pixels of ``image`` from one token to the next.
-        tokens: row and column in H and W of the token that is centred nearest to each point.
+        tokens: (row, column) of the token whose centre is nearest to each point.
         marks: the points in pixels of ``image``.
         points: the points in pixels of the original image.
-        image: as the network saw it.
+        image: the image as the network saw it.
         prediction: the most probable classes, if the network is a classifier whose classes are known.
     """
 
@@ -75,14 +74,14 @@ class Attention:
 
 @dataclass(frozen=True)
 class View:
-    """A network's view of one image; `look` makes it. The image is shown once, when the first question is asked.
+    """A network's view of one image, made by `look`. The network runs once, when it is first needed.
 
     Attributes:
         network: the network.
-        image: as the network sees it.
+        image: the image as the network sees it.
         original_size: (width, height) of the image before it was resized.
         pixels: ``image`` normalised, (1, 3, H, W).
-        classes: readable names, if they are known.
+        classes: readable names of the classes; empty if unknown.
     """
 
     network: QTViT
@@ -92,7 +91,7 @@ class View:
     classes: list[str]
 
     def num_heads(self, layer: int | str = -1) -> int:
-        """Of both scales together; errors as for `attention`."""
+        """Number of heads of ``layer``, both scales together; errors as for `attention`."""
         module = self._layers[self._layer_name(layer)]
         return module.num_scales * module.qkv.in_channels // module.head_dim
 
@@ -104,7 +103,7 @@ class View:
         module, x = self._layers[name], self.inputs[name]
         stride = self.network.feature_info[int(name.split(".")[1])]["reduction"]
         height, width = x.shape[-2:]
-        scale_x, scale_y = (now / before for now, before in zip(self.image.size, self.original_size, strict=True))
+        scale_x, scale_y = (new / old for new, old in zip(self.image.size, self.original_size, strict=True))
         marks = tuple(((px + 0.5) * scale_x - 0.5, (py + 0.5) * scale_y - 0.5) for px, py in points)
         nearest = ((math.floor(my / stride + 0.5), math.floor(mx / stride + 0.5)) for mx, my in marks)
         tokens = tuple((min(row, height - 1), min(column, width - 1)) for row, column in nearest)
@@ -127,7 +126,7 @@ class View:
 
     @property
     def inputs(self) -> dict[str, Tensor]:
-        """By name of the attention layer, in the order of the network, what comes in: (1, C, H, W)."""
+        """The input (1, C, H, W) of each attention layer by its name, in the order of the network."""
         return self._shown[0]
 
     @property
@@ -143,12 +142,14 @@ class View:
             layer.register_forward_pre_hook(lambda _, args, name=name: inputs.update({name: args[0]}))
             for name, layer in self._layers.items()
         ]
+        modes = {module: module.training for module in self.network.modules()}
         try:
-            with _evaluating(self.network):
-                logits = self.network(self.pixels)
+            logits = self.network.eval()(self.pixels)
         finally:
             for handle in handles:
                 handle.remove()
+            for module, training in modes.items():
+                module.training = training
         if not self.classes or logits.shape != (1, len(self.classes)):
             return inputs, None
         top = logits[0].float().softmax(-1).topk(min(5, len(self.classes)))
@@ -183,18 +184,17 @@ def attention(
     layer: int | str = -1,
     img_size: int | tuple[int, int] | None = None,
 ) -> Attention:
-    """To what a point of ``image``, or each of a list of points, attends: exact rows of a layer's attention weights.
+    """What a point of ``image``, or each of several points, attends to: exact rows of a layer's attention weights.
 
-    The network sees the whole image, not cropped: resized (bicubic) so that its shorter side is that of the model's own
-    input size. A row costs O(N) in the number of tokens N, but for the softmax kernel's.
+    The network sees the whole image without cropping, resized (bicubic) so that its shorter side is that of the model's
+    own input size. A row takes O(N) time in the number of tokens N; the network's own pass takes O(N²) with softmax.
 
     Args:
-        model: a predictor (`qtvit.load`), a network of ours, which is left as it is, or a run folder, a model file or
-            the name of a model that comes with the package.
+        model: a predictor (`qtvit.load`), a network of ours, which is not changed, or a run folder, a model file or the
+            name of a model that comes with the package.
         image: whatever `qtvit.data.open_image` takes.
-        at: (x, y) in pixels of the original image (x to the right, y down, (0, 0) the upper left pixel), or a list or
-            an array of such points. The query of a point is the token that is centred nearest to it: at a stride of s,
-            token i is centred on pixel s i of the image that the network sees.
+        at: (x, y) in pixels of the original image, or a list or an array of such points; x points right, y down, and
+            (0, 0) is the upper left pixel. The query of a point is the token whose centre is nearest to it.
         layer: index among the attention layers (0 the first, -1 the last) or module name, such as "stages.2.1.attn".
         img_size: another shorter side, or the exact (H, W) to resize to.
 
@@ -208,17 +208,17 @@ def attention(
 
 
 def focus(model: Model, image: ImageSource, img_size: int | tuple[int, int] | None = None) -> list[Focus]:
-    """How focused each attention layer is on ``image``; arguments and errors as for `attention`.
+    """Measure how focused each attention layer is on ``image``; arguments and errors as for `attention`.
 
-    All N queries are measured, which takes O(N²) time, but little memory.
+    All N queries are measured, in O(N²) time but little memory.
     """
     return look(model, image, img_size).focus()
 
 
 def look(model: Model, image: ImageSource, img_size: int | tuple[int, int] | None = None, device: str = "auto") -> View:
-    """A view of ``image`` for any number of questions; arguments and errors as for `attention`.
+    """A `View` of ``image``, for several questions at the cost of one; arguments and errors as for `attention`.
 
-    ``device`` is where a model that is given by name or path runs; any other stays where it is.
+    ``device`` is where a model given by name or path runs; any other model stays where it is.
     """
     network, preprocess, classes = _resolve(model, device)
     picture = open_image(image)
@@ -231,13 +231,13 @@ def look(model: Model, image: ImageSource, img_size: int | tuple[int, int] | Non
 
 
 def _resolve(model: Model, device: str) -> tuple[QTViT, Preprocess, list[str]]:
-    """The network, its preprocessing and the readable names of its classes, as far as they are known."""
+    """The network, its preprocessing, and the readable names of its classes as far as they are known."""
     network: Any
     name = ""
     if isinstance(model, ClassPredictor):
         network, preprocess, classes = model.model, model.preprocess, model.classes
     elif isinstance(model, nn.Module):
-        network = getattr(model, "_orig_mod", model)  # what torch.compile wraps
+        network = getattr(model, "_orig_mod", model)  # unwraps torch.compile's module
         cfg = resolve_model_data_config(network)
         size = getattr(network, "img_size", cfg["input_size"][1:])
         preprocess, classes = Preprocess(size, mean=cfg["mean"], std=cfg["std"]), []
@@ -257,20 +257,8 @@ def _resolve(model: Model, device: str) -> tuple[QTViT, Preprocess, list[str]]:
     return network, preprocess, classes
 
 
-@contextmanager
-def _evaluating(network: nn.Module) -> Iterator[None]:
-    """``network`` in evaluation mode; afterwards every module is in its own again."""
-    modes = {module: module.training for module in network.modules()}
-    network.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
-
-
 def _shown_size(size: tuple[int, int], img_size: int | tuple[int, int]) -> tuple[int, int]:
-    """(H, W) to which an image of ``size`` (W, H) is resized."""
+    """The (H, W) to resize an image of ``size`` (W, H) to."""
     if isinstance(img_size, (tuple, list)) and len(img_size) == 2 and all(type(side) is int for side in img_size):
         return img_size[0], img_size[1]
     if type(img_size) is not int:

@@ -1,6 +1,6 @@
-"""The registry of tasks: the package of each and what is in it. All dispatch by task goes through here.
+"""The registry of tasks: for each task its package and the parts in it. All dispatch by task goes through here.
 
-Importing this imports no task; what a task has is imported when it is asked for.
+Importing this module imports no task; a part is imported when it is asked for.
 """
 
 import importlib
@@ -14,19 +14,19 @@ Part = Literal["build", "config", "job", "predictor", "exporter", "check", "comm
 
 @dataclass(frozen=True)
 class Task:
-    """A row of the registry. The parts are names in the package, as "module.name".
+    """A row of the registry; each `Part` is given as "module.name" within the package.
 
     Attributes:
         name: as in ``qtvit train NAME`` and in model files.
-        what: in a few words, for ``qtvit train --help``.
+        what: short description for ``qtvit train --help``.
         package: dotted name of the package that has the parts.
-        build: function (model, model_args, task_args) -> the network of a model file.
-        config: a `qtvit.training.config.TrainConfig`, the options of ``qtvit train NAME``.
-        job: a `qtvit.training.job.Job`, what the training of this task adds to that of any.
+        build: function (model, model_args, task_args) -> the network that a model file describes.
+        config: a `qtvit.training.config.TrainConfig` with the options of ``qtvit train NAME``.
+        job: a `qtvit.training.job.Job` with what is specific to the training of this task.
         predictor: a `qtvit.deploy.predictor.Predictor`.
         exporter: a `qtvit.deploy.export.Exporter`.
-        check: function (folder, **options) -> `qtvit.data.ProblemReport` for ``qtvit data check``.
-        commands: a `qtvit.tasks.commands.TaskCommands`, what the command line asks and says.
+        check: function (folder, **options) -> report for ``qtvit data check``, see `qtvit.data.ProblemReport`.
+        commands: a `qtvit.tasks.commands.TaskCommands` with what is specific to the task at the command line.
     """
 
     name: str
@@ -41,22 +41,22 @@ class Task:
     commands: str
 
     def load(self, part: Part) -> Any:
-        """Import a part; ModuleNotFoundError if a package that it needs is not installed."""
+        """Import and return a part; ModuleNotFoundError if a package that it needs is not installed."""
         module, _, name = getattr(self, part).rpartition(".")
         return getattr(importlib.import_module(f"{self.package}.{module}"), name)
 
 
 TASKS: dict[str, Task] = {}
-"""By name. A task from elsewhere is added with `register`."""
+"""All tasks by name; `register` adds a task from outside this package."""
 
 
 def register(task: Task) -> None:
-    """Add a task, or replace the one of its name."""
+    """Add a task; replaces one of the same name."""
     TASKS[task.name] = task
 
 
 def get(name: str) -> Task:
-    """The task of that name; ValueError with the known names if there is none."""
+    """Return the task of this name; ValueError with the known names if there is none."""
     if name not in TASKS:
         raise unknown_name("task", name, TASKS)
     return TASKS[name]

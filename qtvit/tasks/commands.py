@@ -1,4 +1,4 @@
-"""What the command line asks and says differently for each task: the base of every task's commands."""
+"""Base class for the parts of ``qtvit eval``, ``predict``, ``data check`` and ``quickstart`` that differ by task."""
 
 import argparse
 from abc import ABC, abstractmethod
@@ -10,14 +10,14 @@ from typing import Any, ClassVar
 
 @dataclass(frozen=True)
 class Option:
-    """An option of a command that only some tasks have.
+    """A command-line option that only some tasks have.
 
     Attributes:
         flag: as in "--top-k".
-        help: what it is for.
-        default: its value where it is not given.
-        settings: further arguments of ``ArgumentParser.add_argument``; ``type`` may also be "positive", for a number of
-            1 or more, or "new_file", for the path of a file to write.
+        help: text for ``--help``.
+        default: value if the option is not given.
+        settings: further arguments of ``ArgumentParser.add_argument``; ``type`` may also be "positive", for an integer
+            of at least 1, or "new_file", for the path of a file to write.
     """
 
     flag: str
@@ -27,18 +27,18 @@ class Option:
 
     @property
     def name(self) -> str:
-        """Its attribute in the parsed arguments."""
+        """The option's attribute in the parsed arguments."""
         return self.flag.removeprefix("--").replace("-", "_")
 
 
 @dataclass(frozen=True)
 class Quickstart:
-    """A training on data that come with the package.
+    """A training run on data that come with the package.
 
     Attributes:
         recipe: name of the recipe.
-        next: what to do after it, with places for the command, the run and the data.
-        scenes: folder that sample scenes are written to first; None if there is nothing to write.
+        next: text to print afterwards; {command}, {run} and {data} in it are replaced.
+        scenes: folder into which sample scenes are written first; None if the recipe needs none.
         num_train, num_val: numbers of scenes.
     """
 
@@ -51,15 +51,15 @@ class Quickstart:
 
 @dataclass(frozen=True)
 class EvalReport:
-    """What an evaluation found, in all forms in which ``qtvit eval`` gives it.
+    """Result of an evaluation, in every form in which ``qtvit eval`` outputs it.
 
     Attributes:
-        headline: the scores in a line.
+        headline: the main scores in one line.
         lines: tables to print.
         scores: all numbers, for ``--json``.
-        write: writes the report into a folder.
-        remarks: lines that ``--quiet`` leaves out.
-        written: what else was written, a line each.
+        write: function that writes the report into a folder.
+        remarks: lines that are printed unless ``--quiet`` is given.
+        written: lines to print at the end, one for each further output that was written.
     """
 
     headline: str
@@ -71,45 +71,43 @@ class EvalReport:
 
 
 class TaskCommands(ABC):
-    """The part of the commands that differs by task."""
+    """The parts of the commands that differ by task."""
 
     noun: ClassVar[str]
-    """What to call a model of this task: "classifier"."""
+    """Word for a model of this task, such as "classifier"."""
     eval_options: ClassVar[Sequence[Option]] = ()
-    """Options of ``qtvit eval`` that are for this task and not for all."""
     predict_options: ClassVar[Sequence[Option]] = ()
-    """Options of ``qtvit predict`` that are for this task and not for all."""
     check_options: ClassVar[Sequence[Option]] = ()
-    """Options of ``qtvit data check`` that are for this task and not for all."""
+    """Options that ``qtvit eval``, ``predict`` and ``data check`` have for this task only."""
     quickstart: ClassVar[Quickstart | None] = None
-    """The training of ``qtvit quickstart``; None if the task has none."""
+    """What ``qtvit quickstart`` trains; None if the task has no quickstart."""
     sheet_side: ClassVar[int] = 176
-    """Pixels of a picture on a sheet."""
+    """Side of a picture on a contact sheet, in pixels."""
 
     @abstractmethod
     def evaluate(self, args: argparse.Namespace, predictor: Any) -> Callable[[], EvalReport]:
-        """Read the data of ``args``; returns the function that scores ``predictor`` on them."""
+        """Read the labelled data that ``args`` name; returns a function that scores ``predictor`` on them."""
 
     @abstractmethod
     def iter_predict(self, args: argparse.Namespace, predictor: Any, files: Sequence[Path]) -> Iterator[Any]:
-        """What the model makes of each file; None for one that is skipped."""
+        """Yield the prediction for each file; None for a file that is skipped."""
 
     @abstractmethod
     def line(self, prediction: Any, predictor: Any) -> str:
-        """What to print of an image."""
+        """Return the line to print for an image."""
 
     @abstractmethod
     def row(self, prediction: Any) -> dict[str, Any]:
-        """What to write of an image into a JSON file."""
+        """Return an image's entry in the JSON file."""
 
     @abstractmethod
     def picture(self, image: Any, prediction: Any, predictor: Any) -> tuple[Any, Sequence[str]]:
-        """The image as it is to be saved, and captions for it."""
+        """Return the image with the prediction drawn on it, and captions."""
 
     def mask(self, prediction: Any) -> Any:
-        """A picture of labels, to be saved as PNG beside a large picture; None for tasks without such."""
+        """Return a PNG picture of the labels, to save beside the large picture; None if the task has no masks."""
         return None
 
     def write_csv(self, path: Path, rows: Sequence[dict[str, Any]]) -> None:
-        """Write what `row` gave as a table; for tasks with an option ``--csv``."""
+        """Write the results of `row` as a table; only for tasks with an option ``--csv``."""
         raise NotImplementedError

@@ -1,8 +1,7 @@
-"""All that is wrong with a folder of labelled images, found before a training stumbles over it."""
+"""Finding everything that is wrong with a folder of labelled images, before a training fails on it."""
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,25 +18,23 @@ from .data import class_folders
 
 @dataclass(frozen=True)
 class Duplicates:
-    """Image files of the same content.
-
-    Attributes:
-        images: their names.
-        splits, classes: that they are in.
-    """
+    """Image files with the same content: their names, and the sorted names of the splits and classes they are in."""
 
     images: list[str]
     splits: list[str]
     classes: list[str]
 
+    def __str__(self) -> str:
+        return " = ".join(self.images[:NUM_SHOWN]) + " = …" * (len(self.images) > NUM_SHOWN)
+
 
 @dataclass(frozen=True)
 class SplitSummary:
-    """The images of a split that can be read.
+    """Numbers and sizes of the images of a split.
 
     Attributes:
-        num_images: in the class folders, broken ones included.
-        class_counts: the same by class.
+        num_images: number of image files, broken ones included.
+        class_counts: the same for each class.
         width, height: smallest, median and largest, in pixels; None if no image can be read.
     """
 
@@ -46,20 +43,32 @@ class SplitSummary:
     width: tuple[int, float, int] | None
     height: tuple[int, float, int] | None
 
+    def lines(self, split: str) -> list[str]:
+        """The summary as text; ``split`` is the name of the split."""
+        counts = list(self.class_counts.values())
+        lines = [f"{split}: {self.num_images:,} images in {len(counts)} class{'es' * (len(counts) != 1)}"]
+        if counts:
+            lines.append(f"  images per class: {min(counts)} to {max(counts)}, median {np.median(counts):g}")
+        for what, numbers in (("width", self.width), ("height", self.height)):
+            if numbers is not None:
+                lines.append(f"  {what}: {numbers[0]} to {numbers[2]} px, median {numbers[1]:g}")
+        return lines
+
 
 @dataclass(frozen=True)
 class DataReport:
-    """What `check_data` has found.
+    """Result of `check_data`.
 
     Attributes:
-        splits: "train", and "val" if there is such a part.
-        folders: what is wrong with folders or shards, a sentence each.
+        splits: "train", and "val" if the data have a val part.
+        min_side: as given to `check_data`.
+        folders: problems of folders or shards, a sentence each.
         broken: images that cannot be read, with the reason.
         tiny: images with a side below ``min_side``, with width and height.
-        conflicts: the same image in several classes.
-        leaks: the same image in train and val.
-        duplicates: the same image several times in one class of one split.
-        other_files: number of files in class folders that are no images, by suffix.
+        conflicts: images that are in several classes.
+        leaks: images that are in both train and val.
+        duplicates: images that are several times in one class of one split.
+        other_files: number of files in class folders that are not images, by suffix; these are not problems.
     """
 
     splits: dict[str, SplitSummary]
@@ -74,21 +83,20 @@ class DataReport:
 
     @property
     def num_problems(self) -> int:
-        """How many entries all lists have; other files are no problem."""
-        groups = len(self.conflicts) + len(self.leaks) + len(self.duplicates)
-        return len(self.folders) + len(self.broken) + len(self.tiny) + groups
+        """Number of entries in all lists of problems."""
+        return len([*self.folders, *self.broken, *self.tiny, *self.conflicts, *self.leaks, *self.duplicates])
 
     def lines(self) -> list[str]:
-        """The report in words, `NUM_SHOWN` entries of each list."""
-        lines = [line for split, summary in self.splits.items() for line in _summary_lines(split, summary)]
+        """The report as text, with at most `NUM_SHOWN` entries of each list."""
+        lines = [line for split, summary in self.splits.items() for line in summary.lines(split)]
         lines += problem_lines(
             {
                 "with class folders or shards": self.folders,
                 "images that cannot be read": self.broken,
                 f"images with a side below {self.min_side} px": self.tiny,
-                "images in several classes": [_equal(group) for group in self.conflicts],
-                "images of val that are in train too": [_equal(group) for group in self.leaks],
-                "images several times in one class": [_equal(group) for group in self.duplicates],
+                "images in several classes": [*map(str, self.conflicts)],
+                "images of val that are in train too": [*map(str, self.leaks)],
+                "images several times in one class": [*map(str, self.duplicates)],
             }
         )
         if self.other_files:
@@ -97,38 +105,60 @@ class DataReport:
         return [*lines, verdict(self.num_problems)]
 
 
+@dataclass
 class _Scan:
-    """The images of all splits with their classes, and what is wrong with their folders."""
+    """All image files of a folder with their ``places`` (split and class), and what is found without reading them."""
 
-    def __init__(self) -> None:
-        self.sources: list[ImageFile] = []
-        self.split_of: list[str] = []
-        self.class_of: list[str] = []
-        self.classes: dict[str, tuple[str, ...]] = {}
-        self.folders: list[str] = []
-        self.other_files: Counter[str] = Counter()
+    sources: list[ImageFile] = field(default_factory=list)
+    places: list[tuple[str, str]] = field(default_factory=list)
+    classes: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    folders: list[str] = field(default_factory=list)
+    other_files: Counter[str] = field(default_factory=Counter)
 
-    def add(self, split: str, name: str, images: Iterable[ImageFile]) -> int:
-        """Add the images of a class; returns how many these are."""
-        before = len(self.sources)
-        self.sources += images
-        count = len(self.sources) - before
-        self.split_of += [split] * count
-        self.class_of += [name] * count
-        return count
+    def add_folder(self, split: str, root: Path) -> None:
+        """Add the images in the class folders of ``root``."""
+        self.classes[split] = class_folders(root)
+        for name in self.classes[split]:
+            files = sorted(find_files(root / name))
+            images = [path for path in files if is_image(path.name)]
+            self.sources += images
+            self.places += [(split, name)] * len(images)
+            self.other_files.update(path.suffix.lower() for path in files if not is_image(path.name))
+            if not images:
+                self.folders.append(f"{root / name}: no images in this class folder")
+        if loose := sorted(path.name for path in root.iterdir() if path.is_file() and is_image(path.name)):
+            self.folders.append(f"{root}: images that are in no class folder: {some(loose)}")
+        if len(self.classes[split]) < 2:
+            self.folders.append(f"{root}: {'one class only' if self.classes[split] else 'no class folders'}")
+
+    def find_lone_images(self, root: Path) -> None:
+        """Report classes with a single image, in data of which a part will be held out."""
+        lone = [name for (_, name), count in Counter(self.places).items() if count == 1]
+        self.folders += [f"{root}: one image only in class {name}, so none can be held out" for name in lone]
+
+    def duplicates(self, members: list[int]) -> Duplicates:
+        """The images at these positions, which have the same content."""
+        splits, classes = zip(*(self.places[i] for i in members), strict=True)
+        return Duplicates([str(self.sources[i]) for i in members], sorted({*splits}), sorted({*classes}))
+
+    def summary(self, split: str, sizes: np.ndarray) -> SplitSummary:
+        """Summarise a split; ``sizes`` has the (width, height) of all images, 0 for those that cannot be read."""
+        inside = np.array([place[0] == split for place in self.places], bool)
+        known = sizes[inside & (sizes[:, 0] > 0)]
+        counts = Counter(self.places)
+        width, height = ((int(x.min()), float(np.median(x)), int(x.max())) if len(x) else None for x in known.T)
+        class_counts = {name: counts[split, name] for name in self.classes[split]}
+        return SplitSummary(int(inside.sum()), class_counts, width, height)
 
 
 def check_data(data: str, *, num_threads: int = 8, min_side: int = 32) -> DataReport:
-    """Read every image of a folder, plain or packed, and report all problems at once.
+    """Read every image of a folder as for `load_labelled_images`, and report all problems at once.
 
-    Args:
-        data: as for `load_labelled_images`, but no problem with what is in it stops the check.
-        num_threads: that read images.
-        min_side: of images in pixels; smaller ones are reported.
+    ``num_threads`` threads read the images. Images with a side below ``min_side`` pixels are reported too.
 
     Raises:
-        FileNotFoundError, ValueError: there is no such folder, or its index cannot be read.
-        OSError: a folder that may not be read.
+        FileNotFoundError, ValueError: the folder does not exist, or its index cannot be read.
+        OSError: a folder may not be read.
     """
     root = data_folder(data)
     scan = _scan_packed(root) if is_packed(root) else _scan_plain(root)
@@ -146,9 +176,9 @@ def check_data(data: str, *, num_threads: int = 8, min_side: int = 32) -> DataRe
             tiny.append(f"{scan.sources[i]}: {width} x {height}")
         if (known := first.setdefault(digest, i)) != i:
             equal.setdefault(known, [known]).append(i)
-    groups = [_duplicates(scan, members) for members in equal.values()]
+    groups = [scan.duplicates(members) for members in equal.values()]
     return DataReport(
-        splits={split: _summarize(scan, sizes, split) for split in scan.classes},
+        splits={split: scan.summary(split, sizes) for split in scan.classes},
         min_side=min_side,
         folders=scan.folders,
         broken=broken,
@@ -161,15 +191,12 @@ def check_data(data: str, *, num_threads: int = 8, min_side: int = 32) -> DataRe
 
 
 def _inspect(source: ImageFile) -> tuple[bytes, tuple[int, int]] | str:
-    """Hash of the file and (width, height) of the image, or why it cannot be read."""
+    """Hash of the file and (width, height) of the image, or the reason why it cannot be read."""
     try:
         content = read_file(source)
-    except (OSError, ValueError) as error:
-        return str(error)
-    try:
         return hashlib.blake2b(content, digest_size=16).digest(), open_image(content).size
-    except ValueError as error:
-        return f"{source}: {str(error).removeprefix('image bytes: ')}"
+    except (OSError, ValueError) as error:
+        return str(error).replace("image bytes: ", f"{source}: ", 1)
 
 
 def _scan_packed(root: Path) -> _Scan:
@@ -179,87 +206,30 @@ def _scan_packed(root: Path) -> _Scan:
         scan.folders += [str(error) for error in split.damage(root)]
         scan.classes[name] = index.classes
         scan.sources += split.sources(root)
-        scan.split_of += [name] * len(split.path)
-        scan.class_of += [index.classes[label] for label in split.label.tolist()]
+        places = [(name, label) for label in index.classes]
+        scan.places += [places[label] for label in split.label.tolist()]
     if "val" not in index.splits:
-        _find_lone_images(scan, root)
+        scan.find_lone_images(root)
     return scan
 
 
 def _scan_plain(root: Path) -> _Scan:
     scan = _Scan()
     train_root, val_root = find_train_folder(root), find_val_folder(root)
-    if train_root is None and val_root is None:
-        _scan_split(scan, "train", root)
-        _find_lone_images(scan, root)
-        return scan
-    if train_root is None and val_root is not None:
-        scan.folders.append(f"{root}: has {val_root.name}/ but no train/")
     if train_root is not None:
-        _scan_split(scan, "train", train_root)
-        if val_root is None:
-            scan.folders.append(
-                f"{root}: has {train_root.name}/ but none of {', '.join(f'{name}/' for name in VAL_FOLDERS)}"
-            )
+        scan.add_folder("train", train_root)
+    elif val_root is not None:
+        scan.folders.append(f"{root}: has {val_root.name}/ but no train/")
+    else:
+        scan.add_folder("train", root)
+        scan.find_lone_images(root)
     if val_root is not None:
-        _scan_split(scan, "val", val_root)
+        scan.add_folder("val", val_root)
+    elif train_root is not None:
+        val_folders = ", ".join(f"{name}/" for name in VAL_FOLDERS)
+        scan.folders.append(f"{root}: has {train_root.name}/ but none of {val_folders}")
     if train_root is not None and val_root is not None:
-        train, val = scan.classes["train"], scan.classes["val"]
-        for here, there, missing in (
-            (val_root, train_root, set(train) - set(val)),
-            (train_root, val_root, set(val) - set(train)),
-        ):
-            scan.folders += [f"{here}: no folder {name}, which {there} has" for name in sorted(missing)]
+        train, val = set(scan.classes["train"]), set(scan.classes["val"])
+        scan.folders += [f"{val_root}: no folder {name}, which {train_root} has" for name in sorted(train - val)]
+        scan.folders += [f"{train_root}: no folder {name}, which {val_root} has" for name in sorted(val - train)]
     return scan
-
-
-def _find_lone_images(scan: _Scan, root: Path) -> None:
-    for name, count in Counter(scan.class_of).items():
-        if count == 1:
-            scan.folders.append(f"{root}: one image only in class {name}, so none can be held out")
-
-
-def _scan_split(scan: _Scan, split: str, root: Path) -> None:
-    """Add the images in the class folders of ``root``."""
-    scan.classes[split] = class_folders(root)
-    for name in scan.classes[split]:
-        files = sorted(find_files(root / name))
-        scan.other_files.update(path.suffix.lower() for path in files if not is_image(path.name))
-        if scan.add(split, name, (path for path in files if is_image(path.name))) == 0:
-            scan.folders.append(f"{root / name}: no images in this class folder")
-    loose = sorted(path.name for path in root.iterdir() if path.is_file() and is_image(path.name))
-    if loose:
-        scan.folders.append(f"{root}: images that are in no class folder: {some(loose)}")
-    if len(scan.classes[split]) < 2:
-        scan.folders.append(f"{root}: {'one class only' if scan.classes[split] else 'no class folders'}")
-
-
-def _duplicates(scan: _Scan, members: Sequence[int]) -> Duplicates:
-    return Duplicates(
-        images=[str(scan.sources[i]) for i in members],
-        splits=sorted({scan.split_of[i] for i in members}),
-        classes=sorted({scan.class_of[i] for i in members}),
-    )
-
-
-def _summarize(scan: _Scan, sizes: np.ndarray, split: str) -> SplitSummary:
-    inside = np.array([name == split for name in scan.split_of], bool)
-    known = sizes[inside & (sizes[:, 0] > 0)]
-    counts = Counter(name for name, here in zip(scan.class_of, inside.tolist(), strict=True) if here)
-    width, height = ((int(x.min()), float(np.median(x)), int(x.max())) if len(x) else None for x in known.T)
-    return SplitSummary(int(inside.sum()), {name: counts[name] for name in scan.classes[split]}, width, height)
-
-
-def _summary_lines(split: str, summary: SplitSummary) -> list[str]:
-    counts = list(summary.class_counts.values())
-    lines = [f"{split}: {summary.num_images:,} images in {len(counts)} class{'es' * (len(counts) != 1)}"]
-    if counts:
-        lines.append(f"  images per class: {min(counts)} to {max(counts)}, median {np.median(counts):g}")
-    for what, numbers in (("width", summary.width), ("height", summary.height)):
-        if numbers is not None:
-            lines.append(f"  {what}: {numbers[0]} to {numbers[2]} px, median {numbers[1]:g}")
-    return lines
-
-
-def _equal(group: Duplicates) -> str:
-    return " = ".join(group.images[:NUM_SHOWN]) + (" = …" if len(group.images) > NUM_SHOWN else "")

@@ -1,4 +1,4 @@
-"""What the command line asks and says about classifiers."""
+"""What the command line asks and prints for classifiers."""
 
 import argparse
 import csv
@@ -11,7 +11,7 @@ from ..commands import EvalReport, Option, Quickstart, TaskCommands
 
 
 class ClassifyCommands(TaskCommands):
-    """Labels of images."""
+    """The part of the commands that is about labels of images."""
 
     noun = "classifier"
     eval_options = (
@@ -53,28 +53,28 @@ and with the model just trained:  {command} eval {run} --data digits""",
             evaluation = evaluate(predictor, readable, batch_size=args.batch_size, num_workers=args.num_workers)
             absent = [row.label for row in evaluation.per_class() if row.num_images == 0]
             about = {"run": args.run, "data": args.data, "images": which}
+            remark = f"no images of {len(absent)} of the {len(predictor.classes)} classes: {some(absent)}"
             return EvalReport(
                 f"{headline(evaluation)}: {which}",
                 class_table(evaluation),
                 scores(evaluation, about),
                 lambda folder: write_report(evaluation, readable, folder, about),
-                [f"no images of {len(absent)} of the {len(predictor.classes)} classes: {some(absent)}"][: len(absent)],
+                [remark] if absent else [],
             )
 
         return run
 
     def iter_predict(self, args: argparse.Namespace, predictor: Any, files: Sequence[Path]) -> Iterator[Any]:
         skip = args.on_bad_image == "skip"
-        found: Iterator[Any] = predictor.iter_predict(files, args.top_k, args.batch_size, skip_broken=skip)
-        return found
+        return predictor.iter_predict(files, args.top_k, args.batch_size, skip_broken=skip)
 
     def line(self, prediction: Any, predictor: Any) -> str:
         from qtvit.console import shorten
 
         width = min(max(map(len, predictor.classes)), 30)
-        pairs = list(zip(prediction.labels, prediction.probabilities, strict=True))
-        others = "   ".join(f"{shorten(label, width)} {p:.1%}" for label, p in pairs[1:])
-        return f"{shorten(prediction.label, width):<{width}}  {prediction.probability:>6.1%}   {others}"
+        (label, p), *rest = zip(prediction.labels, prediction.probabilities, strict=True)
+        others = "   ".join(f"{shorten(other, width)} {q:.1%}" for other, q in rest)
+        return f"{shorten(label, width):<{width}}  {p:>6.1%}   {others}"
 
     def row(self, prediction: Any) -> dict[str, Any]:
         pairs = zip(prediction.labels, prediction.probabilities, strict=True)
@@ -91,7 +91,7 @@ and with the model just trained:  {command} eval {run} --data digits""",
         writer = csv.writer(table, lineterminator="\n")
         writer.writerow(["image", "rank", "label", "probability"])
         for row in rows:
-            for rank, prediction in enumerate(row["predictions"], start=1):
-                writer.writerow([row["image"], rank, prediction["label"], f"{prediction['probability']:.6f}"])
+            for rank, found in enumerate(row["predictions"], start=1):
+                writer.writerow([row["image"], rank, found["label"], f"{found['probability']:.6f}"])
         write_text(path, table.getvalue())
         print(f"written: {path}")

@@ -1,4 +1,4 @@
-"""What the training of a classifier takes besides what all tasks do."""
+"""The settings of a classifier's training, besides those of every training."""
 
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
@@ -13,8 +13,8 @@ class ClassifyOptim(OptimConfig):
 
     Args:
         loss: ce, softmax cross-entropy, or bce, binary cross-entropy of every class on its own, as in the paper.
-        label_smoothing: probability mass spread over all classes.
-        class_weights: balanced to weigh the loss of each class by the inverse of its number of training images.
+        label_smoothing: probability that is spread evenly over all classes.
+        class_weights: balanced to weight the loss of each class by the inverse of its number of training images.
     """
 
     loss: Literal["ce", "bce"] = "ce"
@@ -31,18 +31,18 @@ class AugmentConfig:
     """Augmentation of training images (timm's transforms).
 
     Args:
-        scale: smallest and largest part of the image's area in a random crop.
-        ratio: smallest and largest aspect ratio of that crop.
+        scale: smallest and largest area of a random crop, as parts of the image's area.
+        ratio: smallest and largest aspect ratio of a random crop.
         hflip: probability of a horizontal flip.
         vflip: probability of a vertical flip.
-        color_jitter: strength of brightness, contrast and saturation jitter; without effect beside auto_augment.
+        color_jitter: strength of brightness, contrast and saturation jitter; no effect with auto_augment, except 3a.
         auto_augment: timm's augmentation string, such as rand-m9-mstd0.5-inc1; null for none.
-        interpolation: of the resize; random for any of the others.
+        interpolation: interpolation of the resize; random to draw one of the others for each image.
         random_erasing: probability of erasing a rectangle.
-        train_sizes: sizes (as img_size) of training images, of which each batch draws one; empty for img_size alone.
+        train_sizes: sizes of training images (as img_size); each batch draws one. Empty: img_size only.
         mixup: probability that a batch is mixed by MixUp.
         cutmix: probability that a batch is mixed by CutMix (and not by MixUp).
-        mix_alpha: a of the Beta(a, a) that both draw their ratio from, once a batch.
+        mix_alpha: parameter a of Beta(a, a), from which MixUp and CutMix draw their ratio once per batch.
     """
 
     scale: tuple[float, float] = (0.35, 1.0)
@@ -67,7 +67,7 @@ class AugmentConfig:
         both = self.mixup + self.cutmix
         require(both <= 1, "augment.cutmix", self.cutmix, f"at most {1 - self.mixup:g} beside mixup {self.mixup:g}")
         require(self.mix_alpha > 0, "augment.mix_alpha", self.mix_alpha, "more than 0")
-        self.train_shapes()
+        self.train_shapes()  # raises if a size is invalid
 
     def train_shapes(self) -> list[tuple[int, int]]:
         """``train_sizes`` as (H, W)."""
@@ -79,8 +79,7 @@ class ClassifyEma(EmaConfig):
     """Exponential moving average of the weights: if there is one, it is what is evaluated and saved.
 
     Args:
-        mesa_ratio: weight of a second loss whose targets are what the average says of the same images (MESA); 0 for
-            none.
+        mesa_ratio: weight of a second loss, with the average's outputs for the same images as targets (MESA); 0: none.
         mesa_start: part of the training after the warm-up from which MESA is on.
     """
 
@@ -96,10 +95,10 @@ class ClassifyEma(EmaConfig):
 
 @dataclass
 class DistillConfig:
-    """Distillation: a teacher's view of the same images adds to the loss of the labels.
+    """Distillation: the outputs of a teacher for the same images add to the loss of the labels.
 
     Args:
-        teacher: run folder or model file; default: the checkpoint as it was, with its own kernel.
+        teacher: run folder or model file; default: the checkpoint, with the kernel it was trained with.
         logits: weight of the divergence from the teacher's class probabilities; 0 for none.
         features: weight of the relative squared error of the outputs of the stages with attention; 0 for none.
         temperature: divisor of all logits before they are compared; above 1, improbable classes count for more.
@@ -130,8 +129,8 @@ class ClassifyConfig(TrainConfig):
         swap_kernel: take over the weights of a checkpoint whose model has another kernel, or no positional maps or
             shortcut, such as an EfficientViT; it is evaluated before the first step too, as epoch 0.
         on_bad_image: stop at an image that cannot be read, or skip all of those (then all are read once, first).
-        val_fraction: part of each class held out when the data has no val folder.
-        train_images: number of training images to use, drawn class by class in proportion; for data with a val part
+        val_fraction: part of each class that is held out if the data have no val folder.
+        train_images: number of training images to use, drawn from each class in proportion; for data with a val part
             the same whatever the seed, and a larger number adds to them. Default: all.
         crop_pct: part of the image's shorter side that evaluation sees; default: the model's own.
         optim: optimiser, schedule and loss.
@@ -155,12 +154,11 @@ class ClassifyConfig(TrainConfig):
         super().__post_init__()
         require(0 < self.val_fraction < 1, "val_fraction", self.val_fraction, "between 0 and 1")
         require(self.crop_pct is None or 0 < self.crop_pct <= 1, "crop_pct", self.crop_pct, "above 0, at most 1")
-        if self.checkpoint is None:
-            if self.swap_kernel:
-                raise ValueError("--swap-kernel true takes over the weights of a --checkpoint, and none is given")
-            if self.distill.teacher is None and (self.distill.logits or self.distill.features):
-                raise ValueError("--distill.logits and --distill.features need a --distill.teacher or a --checkpoint")
-        self.image_shape()
+        if self.checkpoint is None and self.swap_kernel:
+            raise ValueError("--swap-kernel true takes over the weights of a --checkpoint, and none is given")
+        if self.checkpoint is None and self.distill.teacher is None and (self.distill.logits or self.distill.features):
+            raise ValueError("--distill.logits and --distill.features need a --distill.teacher or a --checkpoint")
+        self.image_shape()  # raises if the size is invalid
 
     def image_shape(self) -> tuple[int, int] | None:
         """``img_size`` as (H, W)."""

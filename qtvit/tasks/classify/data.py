@@ -1,6 +1,7 @@
-"""Images with one label each: from folders, or the embedded digits."""
+"""Images with one label each, from folders or from the digits that come with scikit-learn."""
 
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,24 +11,15 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from qtvit.data import open_image
 from qtvit.data.digits import DIGITS, load_digits
 from qtvit.data.folders import VAL_FOLDERS, data_folder, find_train_folder, find_val_folder
-from qtvit.data.images import (
-    IMAGE_SUFFIXES,
-    ImageFile,
-    ImageSource,
-    any_size,
-    file_size,
-    find_images,
-    is_hidden,
-    open_image,
-    relative_path,
-)
+from qtvit.data.images import IMAGE_SUFFIXES, ImageFile, any_size, file_size, find_images, is_hidden, relative_path
 from qtvit.data.shards import is_packed, read_index
 from qtvit.data.split import Sample, stratified_split
 from qtvit.errors import some
 
-LabelledFile = tuple[Path, int]
+LabelledFile = tuple[ImageFile, int]
 
 
 @dataclass(frozen=True)
@@ -35,11 +27,11 @@ class LabelledImages:
     """Labelled images in two splits.
 
     Attributes:
-        name: of the data.
-        classes: what the labels index.
+        name: name of the data set.
+        classes: class names; labels index them.
         train, val: the splits.
-        split: how ``val`` was held out, if it was: what `held_out_part` needs to do it again.
-        stream: URL of the folder whose shards ``train`` has to be streamed from, as it is not on this machine.
+        split: what `held_out_part` needs to hold out the same images again; empty if the data have a val part.
+        stream: URL of the folder from whose shards ``train`` is streamed; None if the images are on this machine.
     """
 
     name: str
@@ -50,7 +42,7 @@ class LabelledImages:
     stream: str | None = None
 
     def digest(self) -> str:
-        """A hash of which images are in which split and class, wherever the folder is and whether it is packed."""
+        """Hash of the images in each split and class; the same wherever the folder is, and whether packed or not."""
         lines = [
             f"{part} {label} {f'{source.name} {file_size(source)}' if isinstance(source, ImageFile) else position}"
             for part, samples in (("train", self.train), ("val", self.val))
@@ -59,12 +51,12 @@ class LabelledImages:
         return hashlib.sha256("\n".join([*self.classes, *lines]).encode()).hexdigest()
 
 
+@dataclass(eq=False)
 class ImageDataset(Dataset[tuple[Tensor, int]]):
     """Samples read with `open_image`, then transformed."""
 
-    def __init__(self, samples: Sequence[Sample], transform: Callable[[Image.Image], Tensor]) -> None:
-        self.samples = samples
-        self.transform = transform
+    samples: Sequence[Sample]
+    transform: Callable[[Image.Image], Tensor]
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -78,18 +70,17 @@ class ImageDataset(Dataset[tuple[Tensor, int]]):
 def load_labelled_images(
     data: str, *, val_fraction: float = 0.2, seed: int = 0, train_images: int | None = None
 ) -> LabelledImages:
-    """Read ``data``, which is "digits", a folder, or a folder packed by `pack_folder`, which gives the same images.
-
-    Of a packed folder at a URL, the training images are left to `ShardStream`.
+    """Read the labelled images of "digits", of a folder, or of a folder packed by `pack_folder` (with equal results).
 
     A folder holds either ``train/CLASS/*.jpg`` and ``val/CLASS/*.jpg`` (or valid, validation, test), or ``CLASS/*.jpg``
-    alone, of which the same ``val_fraction`` of every class is then held out. With ``train_images``, ``train`` has that
-    many of the others, see `choose`.
+    alone; then `stratified_split` holds out ``val_fraction`` of every class. With ``train_images``, `choose` picks that
+    many of the training images. ``data`` may also be the URL of a packed folder; its training images are then left to
+    `ShardStream`.
 
     Raises:
-        FileNotFoundError: there is no such folder, or a shard is missing.
-        ValueError: it is no folder, holds no images, or not in one of these layouts, or the classes of the two splits
-            do not match; the index or a shard is damaged; ``train_images`` are more than there are, or of a stream.
+        FileNotFoundError: the folder or a shard does not exist.
+        ValueError: ``data`` is not a folder, has no images or another layout, or its splits have different classes; the
+            index or a shard is damaged; there are fewer than ``train_images``, or they are streamed.
     """
     split: dict[str, Any] = {"val_fraction": val_fraction, "seed": seed}
     if data == DIGITS:
@@ -104,23 +95,22 @@ def load_labelled_images(
         return remote_images(data)
     root = data_folder(data)
     name = root.resolve().name
-    classes, train, held_out = _read_packed(root) if is_packed(root) else _read_plain(root)
-    if held_out is not None:
-        train_root = find_train_folder(root) or root  # packed images are named from there
-        return LabelledImages(name, classes, choose(train, train_images, train_root), held_out)
-    train, val = stratified_split(train, root=root, **split)
+    found = read_folders(root)
+    if found.val_root is not None:
+        return LabelledImages(name, found.classes, choose(found.train, train_images, found.train_root), [*found.val])
+    train, val = stratified_split(found.train, root=root, **split)
     train = choose(train, train_images, root)
-    return LabelledImages(name, classes, train, val, {**split, "trained_on": _fingerprints(train, root)})
+    return LabelledImages(name, found.classes, train, val, {**split, "trained_on": _fingerprints(train, root)})
 
 
 @dataclass(frozen=True)
 class ImageFolders:
-    """The images of a folder.
+    """The labelled images of a folder.
 
     Attributes:
-        classes: what the labels index.
-        train_root, val_root: the folders of class folders; ``val_root`` is None if there is one such folder only.
-        train, val: their images.
+        classes: class names; labels index them.
+        train_root, val_root: folders of the class folders; ``val_root`` is None if the data have no val part.
+        train, val: the images in them.
     """
 
     classes: tuple[str, ...]
@@ -131,17 +121,29 @@ class ImageFolders:
 
 
 def read_folders(root: Path) -> ImageFolders:
-    """The images of a folder that is not packed; errors as `load_labelled_images`."""
+    """Find the images of a folder, packed or not; errors as `load_labelled_images`."""
+    if is_packed(root):
+        index = read_index(root)
+        samples: dict[str, list[LabelledFile]] = {}
+        for name, split in index.splits.items():
+            if damage := split.damage(root):
+                raise damage[0]
+            samples[name] = list(zip(split.sources(root), split.label.tolist(), strict=True))
+        val_root = root if "val" in samples else None
+        return ImageFolders(index.classes, root, samples["train"], val_root, samples.get("val", []))
     train_root, val_root = find_train_folder(root), find_val_folder(root)
-    if train_root is None:
-        if val_root is not None:
-            raise ValueError(f"{root}: has {val_root.name}/ but no train/")
-        classes, train = _read_training_folder(root)
-        return ImageFolders(classes, root, train)
-    if val_root is None:
+    if train_root is None and val_root is not None:
+        raise ValueError(f"{root}: has {val_root.name}/ but no train/")
+    if train_root is not None and val_root is None:
         raise ValueError(f"{root}: has {train_root.name}/ but none of {', '.join(f'{name}/' for name in VAL_FOLDERS)}")
-    classes, train = _read_training_folder(train_root)
-    val = _label(val_root, classes)
+    train_root = train_root or root
+    classes, train = _read_class_folders(train_root)
+    if len(classes) == 1:
+        hint = _proposal(train_root, classes)
+        raise ValueError(f"{train_root}: one class only ({classes[0]}); there is nothing to tell apart{hint}")
+    if val_root is None:
+        return ImageFolders(classes, train_root, train)
+    val = _relabel(val_root, classes, *_read_class_folders(val_root, classes[0]))
     present = {label for _, label in val}
     if absent := [name for label, name in enumerate(classes) if label not in present]:
         raise ValueError(f"{val_root}: no folders for {some(absent)}, which {train_root} has")
@@ -149,79 +151,69 @@ def read_folders(root: Path) -> ImageFolders:
 
 
 def read_split(folder: Path, classes: Sequence[str]) -> list[Sample]:
-    """The images of ``folder/CLASS/``, or of the held-out part (else all) of a packed folder.
+    """Read the images of ``folder/CLASS/``, or those of a packed folder: its val part if it has one, else all.
 
-    They are labelled by the given classes, of which some may be missing.
+    The labels index the given ``classes``, of which some may have no images.
 
     Raises:
-        ValueError: a class folder that is not among the classes; no class folders, or an empty one.
+        ValueError: a class folder is not among ``classes`` or is empty, or there is no class folder.
     """
     if not is_packed(folder):
-        return list(_label(folder, classes))
-    found, train, val = _read_packed(folder)
-    label_of = _label_of(folder, found, classes)
-    return [(image, label_of[found[label]]) for image, label in (train if val is None else val)]
+        return [*_relabel(folder, classes, *_read_class_folders(folder, classes[0]))]
+    found = read_folders(folder)
+    return [*_relabel(folder, classes, found.classes, found.train if found.val_root is None else found.val)]
 
 
-def _label(folder: Path, classes: Sequence[str]) -> list[LabelledFile]:
-    found, samples = _read_class_folders(folder, example=classes[0])
-    label_of = _label_of(folder, found, classes)
-    return [(path, label_of[found[label]]) for path, label in samples]
-
-
-def _label_of(folder: Path, found: Sequence[str], classes: Sequence[str]) -> dict[str, int]:
-    """The labels of ``classes``, if all that are ``found`` in ``folder`` are among them."""
+def _relabel(
+    folder: Path, classes: Sequence[str], found: Sequence[str], samples: Sequence[LabelledFile]
+) -> list[LabelledFile]:
+    """Make the labels of ``samples``, which index ``found``, index ``classes``; ValueError if these lack one."""
     label_of = {name: label for label, name in enumerate(classes)}
     if foreign := [name for name in found if name not in label_of]:
         raise ValueError(
             f"{folder}: class folders that the model or train/ does not have: {some(foreign)}; it has "
             f"{some(classes)}{_proposal(folder, found)}"
         )
-    return label_of
+    return [(image, label_of[found[label]]) for image, label in samples]
 
 
 def choose(samples: Sequence[Sample], num_images: int | None, root: Path | None = None) -> list[Sample]:
-    """``num_images`` of the samples, in their order: one of each class, then of each in proportion to its size.
+    """Choose ``num_images`` samples (None: all), at least one per class and in proportion to the sizes of the classes.
 
-    Which ones follows from a hash of the path below ``root``, or of the pixels of images in memory. So the choice is
-    the same wherever the folder is, and a larger one holds a smaller one. None: all of them.
+    The choice follows from a hash of each file's path below ``root``, or of the pixels of an image in memory. So it is
+    the same wherever the folder is, and a larger choice contains a smaller one. The order stays that of ``samples``.
 
     Raises:
-        ValueError: they are more than there are, or fewer than the classes.
+        ValueError: ``num_images`` is less than the number of classes or more than that of samples.
     """
     if num_images is None:
         return list(samples)
-    num_classes = len({label for _, label in samples})
-    if not num_classes <= num_images <= len(samples):
+    sizes = Counter(label for _, label in samples)
+    if not len(sizes) <= num_images <= len(samples):
         raise ValueError(
-            f"--train-images must be from {num_classes}, the number of classes, to {len(samples)}, all there are to "
+            f"--train-images must be from {len(sizes)}, the number of classes, to {len(samples)}, all there are to "
             f"train on; got {num_images}"
         )
 
     def draw(position: int) -> bytes:
         source = samples[position][0]
-        content = relative_path(source, root).encode() if root and isinstance(source, ImageFile) else _pixels(source)
-        return hashlib.sha256(content).digest()
+        if root and isinstance(source, ImageFile):
+            return hashlib.sha256(relative_path(source, root).encode()).digest()
+        return hashlib.sha256(open_image(source).tobytes()).digest()
 
-    by_class: dict[int, list[int]] = {}
+    ranks: Counter[int] = Counter()
+    ranked = []
     for position in sorted(range(len(samples)), key=draw):
-        by_class.setdefault(samples[position][1], []).append(position)
-    ranked = [
-        (rank / len(members), label, position)
-        for label, members in by_class.items()
-        for rank, position in enumerate(members)
-    ]
+        label = samples[position][1]
+        ranked.append((ranks[label] / sizes[label], label, position))
+        ranks[label] += 1
     return [samples[position] for position in sorted(position for _, _, position in sorted(ranked)[:num_images])]
 
 
-def _pixels(source: ImageSource) -> bytes:
-    return open_image(source).tobytes()
-
-
 def held_out_part(samples: Sequence[Sample], root: Path, split: dict[str, Any]) -> list[Sample] | None:
-    """Of the images below ``root``, those held out from a training on them; None if it was on other images.
+    """Return those of all ``samples`` below ``root`` that a training held out; None if it was on other images.
 
-    ``split`` is that of the training's `LabelledImages`. It remembers some of the training images by path and size, so
+    ``split`` is that of the training's `LabelledImages`. It has hashes of the path and size of some training images, so
     that a moved, grown or thinned-out copy of the folder is recognised.
     """
     remembered = set(split.get("trained_on", []))
@@ -231,39 +223,14 @@ def held_out_part(samples: Sequence[Sample], root: Path, split: dict[str, Any]) 
 
 
 def _fingerprints(samples: Sequence[Sample], root: Path, limit: int | None = 256) -> list[str]:
-    """Short hashes of path and size of the images, or of ``limit`` of them."""
+    """Short hashes of the path and size of each image, or of ``limit`` of the images."""
     files = (source for source, _ in samples if isinstance(source, ImageFile))
     names = (f"{relative_path(file, root)}:{file_size(file)}" for file in files)
     return sorted(hashlib.sha256(name.encode()).hexdigest()[:12] for name in names)[:limit]
 
 
-def _read_plain(root: Path) -> tuple[tuple[str, ...], list[Sample], list[Sample] | None]:
-    """Classes, training images and held-out images, if there are such."""
-    found = read_folders(root)
-    return found.classes, list(found.train), None if found.val_root is None else list(found.val)
-
-
-def _read_packed(root: Path) -> tuple[tuple[str, ...], list[Sample], list[Sample] | None]:
-    """As `_read_plain`."""
-    index = read_index(root)
-    samples: dict[str, list[Sample]] = {}
-    for name, split in index.splits.items():
-        if damage := split.damage(root):
-            raise damage[0]
-        samples[name] = list(zip(split.sources(root), split.label.tolist(), strict=True))
-    return index.classes, samples["train"], samples.get("val")
-
-
-def _read_training_folder(root: Path) -> tuple[tuple[str, ...], list[LabelledFile]]:
-    classes, samples = _read_class_folders(root)
-    if len(classes) == 1:
-        raise ValueError(
-            f"{root}: one class only ({classes[0]}); there is nothing to tell apart{_proposal(root, classes)}"
-        )
-    return classes, samples
-
-
 def _read_class_folders(root: Path, example: str = "CLASS") -> tuple[tuple[str, ...], list[LabelledFile]]:
+    """Classes and images of ``root``; ``example`` is a class name for the error message."""
     classes = class_folders(root)
     if not classes:
         loose = next((p.name for p in sorted(root.iterdir()) if p.suffix.lower() in IMAGE_SUFFIXES), None)
@@ -279,7 +246,7 @@ def _read_class_folders(root: Path, example: str = "CLASS") -> tuple[tuple[str, 
 
 
 def class_folders(folder: Path) -> tuple[str, ...]:
-    """Names of the folders in ``folder`` that count as classes, in the order of their labels."""
+    """Names of the class folders in ``folder``: all but hidden folders, in the order of their labels."""
     return tuple(sorted(p.name for p in folder.iterdir() if p.is_dir() and not is_hidden(p.name)))
 
 

@@ -1,4 +1,4 @@
-"""Distillation: what a trained network, the teacher, makes of the same images is one more target.
+"""Distillation: the outputs of a trained network, the teacher, for the same images are further targets.
 
 Shapes: B images, C classes.
 """
@@ -21,32 +21,29 @@ from .config import ClassifyConfig
 
 
 class Distillation:
-    """The losses that pull a network towards a frozen teacher.
+    """The losses that pull a network towards a frozen teacher: any classifier, or for ``distill.features`` a `QTViT`.
 
-    This is no module, so that the teacher is in no checkpoint, moving average or optimiser.
+    It is not a module, so that the teacher is not part of checkpoints, the moving average or the optimiser.
 
-    Args:
-        teacher: any classifier; for features, a model of ours.
-        config: of the run.
+    Attributes:
+        weights: weight of each loss that is on, by name.
     """
 
     def __init__(self, teacher: nn.Module, config: ClassifyConfig) -> None:
         self.teacher = teacher.eval().requires_grad_(False).to(memory_format=torch.channels_last)
-        self.temperature = config.distill.temperature
-        self.loss = config.optim.loss
+        self.temperature, self.loss = config.distill.temperature, config.optim.loss
         weights = {"logits": config.distill.logits, "features": config.distill.features}
         self.weights = {f"distill_{name}": weight for name, weight in weights.items() if weight}
-        """Of the losses that are on, by name."""
         self.stages: list[int] = attention_stages(teacher) if config.distill.features else []
-        # Without stages, the student is called, and its call is compiled already.
+        # Without stages `_run` calls the student itself, whose call is compiled already.
         self.run_student: Any = torch.compile(_run, dynamic=False) if config.compile and self.stages else _run
 
     def __call__(self, student: nn.Module, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """The student's logits, and its losses by the names in ``weights``, of a batch of images."""
+        """Return the student's logits for a batch of images, and its losses by the names in ``weights``."""
+        losses = {}
         logits, maps = self.run_student(student, images, self.stages)
         with torch.no_grad():
             teacher_logits, teacher_maps = _run(self.teacher, images, self.stages)
-        losses = {}
         if "distill_logits" in self.weights:
             losses["distill_logits"] = logit_loss(logits, teacher_logits, self.temperature, self.loss)
         if "distill_features" in self.weights:
@@ -54,7 +51,7 @@ class Distillation:
         return logits, losses
 
     def digest(self) -> str:
-        """A hash of the teacher's weights."""
+        """Hash of the teacher's weights."""
         digest = hashlib.sha256()
         for name, tensor in self.teacher.state_dict().items():
             digest.update(name.encode())
@@ -63,7 +60,7 @@ class Distillation:
 
 
 def _run(model: Any, images: Tensor, stages: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
-    """Logits, and the outputs of these stages."""
+    """The logits, and the outputs of the given stages."""
     if not stages:
         return model(images), []
     features, maps = model.forward_intermediates(images, indices=list(stages))
@@ -71,19 +68,16 @@ def _run(model: Any, images: Tensor, stages: Sequence[int]) -> tuple[Tensor, lis
 
 
 def attention_stages(model: Any) -> list[int]:
-    """Numbers of the stages of a `QTViT` that have attention."""
+    """Indices of those stages of a `QTViT` that have attention."""
     return [i for i, stage in enumerate(model.cfg.stages) if stage.block == "attn"]
 
 
 def logit_loss(logits: Tensor, teacher: Tensor, temperature: float, kind: str) -> Tensor:
-    """Kullback-Leibler divergence of the teacher's probabilities from the student's, at ``temperature``, times its
-    square: Hinton et al., Distilling the Knowledge in a Neural Network, 2015, section 2.
+    """T² · KL(teacher ‖ student), the Kullback-Leibler divergence of the class probabilities at temperature T.
 
-    Args:
-        logits, teacher: (B, C).
-        temperature: T; logits are divided by it.
-        kind: how logits are read, as in `classify.classification_loss`, on whose scale the result is: "ce", as a
-            softmax over the classes; "bce", as a sigmoid of each, and the mean over all B * C.
+    The (B, C) logits are divided by T. For the ``kind`` "ce" a softmax over the classes makes them probabilities; for
+    "bce" a sigmoid of each does, and the mean is over all B * C. The scale is that of `train.classification_loss`.
+    See Hinton et al., Distilling the Knowledge in a Neural Network, 2015, section 2.
     """
     student, target = logits.float() / temperature, teacher.float() / temperature
     if kind == "ce":
@@ -95,31 +89,27 @@ def logit_loss(logits: Tensor, teacher: Tensor, temperature: float, kind: str) -
 
 
 def feature_loss(maps: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
-    """The squared error of feature maps in parts of the teacher's mean square, as a mean over the maps: 0 for equal
-    ones, 1 for zeros. Hints as in Romero et al., FitNets, ICLR 2015, without their regressors, as the shapes agree.
+    """Squared error of the feature maps divided by the teacher's mean square, averaged over the maps.
+
+    It is 0 for equal maps and 1 for maps of zeros. These are the hints of Romero et al., FitNets, ICLR 2015, without
+    regressors, as the shapes agree.
     """
-    errors = [
-        F.mse_loss(ours.float(), theirs.float()) / theirs.float().square().mean()
-        for ours, theirs in zip(maps, teacher, strict=True)
-    ]
-    return torch.stack(errors).mean()
+    pairs = [(ours.float(), theirs.float()) for ours, theirs in zip(maps, teacher, strict=True)]
+    return torch.stack([F.mse_loss(ours, theirs) / theirs.square().mean() for ours, theirs in pairs]).mean()
 
 
 def load_distillation(
     config: ClassifyConfig, student: nn.Module, info: ModelInfo, sizes: Sequence[tuple[int, int]], before: str | None
 ) -> Distillation | None:
-    """What ``config.distill`` asks for, if anything.
+    """Load the teacher, and check that it fits the student, which ``info`` describes; None if there is no distillation.
 
     Args:
-        config: of the run.
-        student: the network to train.
-        info: its description.
         sizes: (H, W) of the training images.
-        before: the teacher's digest, when a run goes on.
+        before: the teacher's digest in the run that is resumed; None for a new run.
 
     Raises:
-        FileNotFoundError: the teacher is not there (any more).
-        ValueError: it does not fit, or is not the one of ``before``.
+        FileNotFoundError: the teacher does not exist, or no longer does.
+        ValueError: the teacher does not fit the student, or has another digest than ``before``.
     """
     wanted = config.distill
     if not (wanted.logits or wanted.features):
@@ -132,8 +122,8 @@ def load_distillation(
         if before is None:
             raise
         raise FileNotFoundError(f"{config.resume} cannot go on without its teacher: {error}") from error
-    parts = [[model_info.model_args.get(name) for name in ATTENTION_ARGS] for model_info in (theirs, info)]
-    if config.swap_kernel and wanted.teacher is None and parts[0] == parts[1]:
+    same_attention = all(theirs.model_args.get(name) == info.model_args.get(name) for name in ATTENTION_ARGS)
+    if config.swap_kernel and wanted.teacher is None and same_attention:
         console.say(f"{path} has this attention already: nothing is swapped, and the teacher is the same network")
     if wanted.logits and theirs.classes != info.classes:
         raise ValueError(
@@ -147,11 +137,10 @@ def load_distillation(
                     f"--distill.features {wanted.features:g} compares stages of our own models, {whose} model is "
                     f"{name}; --distill.features 0 leaves the logits"
                 )
-        assert isinstance(teacher, QTViT)
-        assert isinstance(student, QTViT)
+        networks: tuple[Any, Any] = (teacher, student)
         shapes, expected = (
-            [(model.feature_info[i]["num_chs"], model.feature_info[i]["reduction"]) for i in attention_stages(model)]
-            for model in (teacher, student)
+            [(net.feature_info[i]["num_chs"], net.feature_info[i]["reduction"]) for i in attention_stages(net)]
+            for net in networks
         )
         if shapes != expected:
             raise ValueError(

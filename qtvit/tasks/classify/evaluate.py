@@ -17,21 +17,20 @@ from .data import ImageDataset
 from .predict import ClassPredictor
 
 NUM_BINS = 15
-"""Of confidence, for the calibration error; Guo et al. 2017 use as many."""
+"""Number of confidence bins of the calibration error; as in Guo et al. 2017."""
 
 
 @dataclass(frozen=True)
 class ClassScores:
-    """One class in a table; scores in percent, None for a class without images.
+    """Scores of one class in percent; None for a class without images.
 
     Attributes:
         label: name of the class.
-        num_images: that are of this class.
-        recall: the part of these that is predicted as this class (the accuracy of the class).
-        precision: the part of what is predicted as this class that is of it; 0 if nothing is.
-        f1: harmonic mean of the two.
-        taken_for: the most frequent wrong prediction of the images, if there is one.
-        num_taken: how many images got it.
+        num_images: number of its images.
+        recall: share of its images that are predicted as this class (the accuracy of the class).
+        precision: share of the images predicted as this class that belong to it; 0 if there are none.
+        f1: harmonic mean of recall and precision.
+        taken_for, num_taken: most frequent wrong prediction for its images, if any, and number of these images.
     """
 
     label: str
@@ -45,13 +44,13 @@ class ClassScores:
 
 @dataclass(frozen=True)
 class ConfidenceBin:
-    """The images whose predicted class has a probability above ``low`` and up to ``high``; all in percent.
+    """The images whose predicted class has a probability above ``low`` and up to ``high``; numbers in percent.
 
     Attributes:
         low, high: bounds of the probability.
-        num_images: in the bin.
-        confidence: mean probability of the predicted class; None in an empty bin.
-        accuracy: the part of the images that is predicted right; None in an empty bin.
+        num_images: number of images in the bin.
+        confidence, accuracy: mean probability of the predicted class, and share of the images that are predicted
+            right; None in an empty bin.
     """
 
     low: float
@@ -63,13 +62,13 @@ class ConfidenceBin:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What a classifier said of N labelled images.
+    """The outputs of a classifier for N labelled images, and the scores that follow from them.
 
     Attributes:
         classes: C names.
         targets: (N,) labels.
         probabilities: (N, C) softmax outputs.
-        images_per_second: speed of the forward pass alone, in the batches evaluated.
+        images_per_second: speed of the forward pass alone.
     """
 
     classes: Sequence[str]
@@ -79,14 +78,13 @@ class Evaluation:
 
     def accuracy(self, top_k: int = 1) -> float:
         """Percentage of images whose label is among the ``top_k`` most probable classes."""
-        num_classes = len(self.classes)
-        if top_k >= num_classes:
+        num = len(self.classes)
+        if top_k >= num:
             return 100.0
-        correct = multiclass_accuracy(self.probabilities, self.targets, num_classes, average="micro", top_k=top_k)
-        return 100 * float(correct)
+        return 100 * float(multiclass_accuracy(self.probabilities, self.targets, num, average="micro", top_k=top_k))
 
     def confusion(self) -> Tensor:
-        """(C, C) counts, true class by predicted class."""
+        """(C, C) numbers of images; rows are true classes, columns predicted ones."""
         return multiclass_confusion_matrix(self.probabilities, self.targets, len(self.classes))
 
     def per_class(self) -> list[ClassScores]:
@@ -94,22 +92,14 @@ class Evaluation:
         counts = self.confusion()
         right, images, predicted = counts.diagonal(), counts.sum(1), counts.sum(0)
         num_taken, taken_for = (counts - right.diag()).max(1)
-
-        def percent(part: Tensor, whole: Tensor) -> list[float | None]:
-            shares = (100 * part / whole.clamp_min(1)).tolist()
-            return [round(share, 4) if n else None for share, n in zip(shares, images.tolist(), strict=True)]
-
-        columns = zip(
-            self.classes,
-            images.tolist(),
-            percent(right, images),
-            percent(right, predicted),
-            percent(2 * right, images + predicted),
-            [self.classes[i] if n else None for i, n in zip(taken_for.tolist(), num_taken.tolist(), strict=True)],
-            num_taken.tolist(),
-            strict=True,
-        )
-        return [ClassScores(*row) for row in columns]
+        wholes = torch.stack([images, predicted, images + predicted], dim=1).clamp_min(1)
+        percents = (100 * torch.stack([right, right, 2 * right], dim=1) / wholes).tolist()
+        rows = []
+        columns = (images.tolist(), percents, taken_for.tolist(), num_taken.tolist())
+        for label, n, scores, other, taken in zip(self.classes, *columns, strict=True):
+            recall, precision, f1 = (round(score, 4) if n else None for score in scores)
+            rows.append(ClassScores(label, n, recall, precision, f1, self.classes[other] if taken else None, taken))
+        return rows
 
     def balanced_accuracy(self) -> float:
         """Mean recall in percent over the classes that have images."""
@@ -117,7 +107,7 @@ class Evaluation:
         return sum(recalls) / len(recalls)
 
     def calibration(self) -> list[ConfidenceBin]:
-        """How often the classifier is right, by how sure it is, in `NUM_BINS` bins of equal width."""
+        """Accuracy by confidence, in `NUM_BINS` bins of equal width."""
         confidence, predicted = self.probabilities.max(-1)
         confidence = confidence.double()
         bounds = torch.linspace(0, 1, NUM_BINS + 1, dtype=torch.float64)
@@ -125,26 +115,19 @@ class Evaluation:
         counts = bin_of.bincount(minlength=NUM_BINS)
         confidences = bin_of.bincount(confidence, NUM_BINS) / counts
         accuracies = bin_of.bincount((predicted == self.targets).double(), NUM_BINS) / counts
+        columns = (100 * torch.stack([bounds[:-1], bounds[1:], confidences, accuracies])).tolist()
+        low, high, sure, right = ([round(value, 4) for value in column] for column in columns)
         return [
-            ConfidenceBin(
-                low=round(100 * float(bounds[i]), 4),
-                high=round(100 * float(bounds[i + 1]), 4),
-                num_images=count,
-                confidence=round(100 * float(confidences[i]), 4) if count else None,
-                accuracy=round(100 * float(accuracies[i]), 4) if count else None,
-            )
-            for i, count in enumerate(counts.tolist())
+            ConfidenceBin(low[i], high[i], n, sure[i] if n else None, right[i] if n else None)
+            for i, n in enumerate(counts.tolist())
         ]
 
     def calibration_error(self) -> float:
-        """The expected calibration error (ECE) in percent: |accuracy - confidence| of the bins of `calibration`,
-        averaged by their images (Guo et al., On Calibration of Modern Neural Networks, ICML 2017, eq. 3).
+        """Expected calibration error (ECE) in percent: |accuracy - confidence| of each bin, averaged over the images.
+
+        See Guo et al., On Calibration of Modern Neural Networks, ICML 2017, eq. 3.
         """
-        gaps = (
-            row.num_images * abs(row.accuracy - row.confidence)
-            for row in self.calibration()
-            if row.accuracy is not None and row.confidence is not None
-        )
+        gaps = (row.num_images * abs((row.accuracy or 0) - (row.confidence or 0)) for row in self.calibration())
         return sum(gaps) / len(self.targets)
 
     def loss(self) -> float:
@@ -153,13 +136,13 @@ class Evaluation:
         return float(F.nll_loss(logs, self.targets))
 
     def mistakes(self, num_images: int | None = None) -> list[int]:
-        """Positions of the images predicted wrong, the most confident first; at most ``num_images``."""
+        """Indices of the images predicted wrong, the most confident first; at most ``num_images`` of them."""
         confidence, predicted = self.probabilities.max(-1)
         order = confidence.argsort(descending=True, stable=True)
         return order[(predicted != self.targets)[order]][:num_images].tolist()
 
     def metrics(self) -> dict[str, float]:
-        """The scores in one number each: percentages, but for the loss and the number of images."""
+        """The overall scores: percentages, except for the loss and the number of images."""
         return {
             "top1": round(self.accuracy(1), 4),
             "top5": round(self.accuracy(5), 4),
@@ -172,21 +155,16 @@ class Evaluation:
 
 @torch.inference_mode()
 def evaluate(
-    predictor: ClassPredictor,
-    samples: Sequence[Sample],
-    *,
-    batch_size: int = 64,
-    num_workers: int = 0,
+    predictor: ClassPredictor, samples: Sequence[Sample], *, batch_size: int = 64, num_workers: int = 0
 ) -> Evaluation:
-    """Run ``predictor`` over all ``samples``, with its own preprocessing."""
+    """Run ``predictor`` on all ``samples``, with its own preprocessing."""
     dataset = ImageDataset(samples, predictor.preprocess.transform())
     batches: Iterable[tuple[Tensor, Tensor]] = DataLoader(dataset, batch_size, num_workers=num_workers)
     probabilities, targets, seconds = [], [], 0.0
     for images, labels in progress(batches, desc="Evaluating", unit="batch"):
         images = images.to(predictor.device)
         start = time.perf_counter()
-        logits = predictor.runtime(images)
-        probabilities.append(logits.softmax(-1).cpu())
+        probabilities.append(predictor.runtime(images).softmax(-1).cpu())  # .cpu() waits for the GPU
         seconds += time.perf_counter() - start
         targets.append(labels)
     return Evaluation(predictor.classes, torch.cat(targets), torch.cat(probabilities), len(dataset) / seconds)

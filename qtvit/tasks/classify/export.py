@@ -1,4 +1,4 @@
-"""What a classifier's exported file is checked on."""
+"""Export of classifiers: the images on which an exported file is checked."""
 
 from qtvit.data import ImageSource
 from qtvit.deploy.artifact import Artifact
@@ -8,7 +8,7 @@ from qtvit.deploy.parity import synthetic_images
 from .held_out import held_out_samples
 
 NUM_SYNTHETIC = 32
-"""Images made for the check when there are no others."""
+"""Number of synthetic images for the check if no others are given."""
 
 
 class ClassifyExporter(Exporter):

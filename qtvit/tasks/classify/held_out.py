@@ -1,4 +1,4 @@
-"""Which images to score a model on, or to measure it with."""
+"""The choice of the images on which a model is scored or measured."""
 
 from qtvit.checkpoints import ModelInfo
 from qtvit.data import DIGITS
@@ -10,13 +10,13 @@ from .data import held_out_part, load_labelled_images, read_split
 
 
 def held_out_samples(data: str, info: ModelInfo) -> tuple[list[Sample], str]:
-    """The labelled images of ``data`` to score a model on, and in words which they are.
+    """Return the labelled images of ``data`` to score a model on, and a text that says which these are.
 
-    Of a folder with val/CLASS (or valid, validation, test) those; of a folder of CLASS alone all images, unless the
-    model was trained on a part of these very images: then the part that was held out. The same goes for "digits".
+    They are the val part of a folder with val/CLASS (or valid, validation, test), and otherwise all images. If the
+    model was trained on a part of these very images (or of the digits), they are the part that was held out.
 
     Raises:
-        FileNotFoundError, ValueError: as `load_labelled_images`, or classes that the model does not have.
+        FileNotFoundError, ValueError: as `load_labelled_images`, or the data have classes that the model lacks.
     """
     if data == DIGITS:
         if info.split.get("data") != DIGITS:

@@ -1,4 +1,4 @@
-"""Soft targets, and batches mixed by MixUp or CutMix.
+"""Soft targets, MixUp and CutMix.
 
 Shapes: B images of (C, H, W), N classes.
 """
@@ -10,26 +10,22 @@ from torch.nn import functional as F
 
 
 def soft_targets(labels: Tensor, num_classes: int, smoothing: float) -> Tensor:
-    """(B,) labels -> (B, N) float32 probabilities, of which ``smoothing`` is spread evenly over all classes."""
+    """(B,) labels -> (B, N) float32 probabilities; the part ``smoothing`` is spread evenly over all classes."""
     return F.one_hot(labels, num_classes).float() * (1 - smoothing) + smoothing / num_classes
 
 
 def mix(images: Tensor, targets: Tensor, *, mixup: float, cutmix: float, alpha: float) -> tuple[Tensor, Tensor]:
-    """Mix every image i of a batch, and its target, with image B - 1 - i; the arguments are left as they are.
+    """Mix every image i of a batch, and its target, with image B - 1 - i, by MixUp, by CutMix or not at all.
 
-    MixUp is of Zhang et al., ICLR 2018, CutMix of Yun et al., ICCV 2019. The recipe draws lambda once a batch, but a
-    box for each image: timm's Mixup draws both once or both for each image, and refuses odd batches; torchvision's
-    CutMix has one box. The draws come from torch's global generator on the CPU, so they are the same on any device.
+    MixUp is from Zhang et al., ICLR 2018, CutMix from Yun et al., ICCV 2019. The recipe draws lambda once per batch but
+    a box for each image. No library does: timm's Mixup draws both per batch or both per image, and refuses odd batches;
+    torchvision's CutMix has one box. All draws come from torch's global CPU generator, so devices do not differ.
 
     Args:
-        images: (B, C, H, W), floating point.
-        targets: (B, N) probabilities, floating point.
-        mixup: probability that the batch is mixed by MixUp.
-        cutmix: probability that it is mixed by CutMix instead; at most 1 - ``mixup``.
-        alpha: lambda follows Beta(alpha, alpha); above 0.
-
-    Returns:
-        Images and targets, with the shapes, dtypes and memory formats of the arguments.
+        images, targets: (B, C, H, W) and (B, N), floating point. They are not changed; the results have the same
+            dtypes and memory formats.
+        mixup, cutmix: probabilities that the batch is mixed by MixUp or by CutMix; at most 1 together.
+        alpha: parameter above 0 of the distribution Beta(alpha, alpha) of lambda.
     """
     choice = torch.rand(()).item()
     if choice >= mixup + cutmix:
@@ -42,17 +38,16 @@ def mix(images: Tensor, targets: Tensor, *, mixup: float, cutmix: float, alpha: 
 
 
 def blend(images: Tensor, targets: Tensor, lam: float) -> tuple[Tensor, Tensor]:
-    """MixUp: ``lam`` parts of each image and target, and 1 - ``lam`` parts of its partner's."""
+    """MixUp: ``lam`` times each image and target plus 1 - ``lam`` times those of its partner."""
     return torch.lerp(images.flip(0), images, lam), torch.lerp(targets.flip(0), targets, lam)
 
 
 def paste(images: Tensor, targets: Tensor, lam: float, y: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    """CutMix: put a box of its partner into each image; targets are mixed by the area that is covered.
+    """CutMix: paste a box of its partner into each image, and mix the targets by the area that is covered.
 
     Args:
-        images, targets: as for `mix`.
-        lam: the box has the sides H · sqrt(1 - lam) and W · sqrt(1 - lam), before it is clipped at the border.
-        y, x: (B,) pixels around which the boxes lie, on the CPU.
+        lam: a box has the sides H · sqrt(1 - lam) and W · sqrt(1 - lam) before it is clipped at the border.
+        y, x: (B,) centres of the boxes in pixels, on the CPU.
     """
     height, width = images.shape[-2:]
     rows = _span(y, height, lam).to(images.device)
@@ -64,7 +59,7 @@ def paste(images: Tensor, targets: Tensor, lam: float, y: Tensor, x: Tensor) -> 
 
 
 def _span(center: Tensor, side: int, lam: float) -> Tensor:
-    """(B, side) the pixels of one axis that the boxes cover: half a box, rounded down, to either side of the centre."""
+    """(B, side) bool, the pixels along one axis that the boxes cover: half a box, rounded down, around the centre."""
     half = int(side * (1 - lam) ** 0.5 / 2)
     distance = torch.arange(side) - center[:, None]
     return (distance >= -half) & (distance < half)

@@ -1,4 +1,4 @@
-"""The network of a classifier, which is a model of timm's registry as it is."""
+"""The network of a classifier: a model from timm's registry, without changes."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,5 +9,5 @@ from qtvit.models import build_model
 
 
 def build(name: str, model_args: Mapping[str, Any], task_args: Mapping[str, Any]) -> nn.Module:
-    """The classifier that a model file describes; ``task_args`` are empty."""
+    """Build the classifier that a model file describes; ``task_args`` are empty."""
     return build_model(name, **model_args)

@@ -20,20 +20,19 @@ from .data import LabelledFile, read_folders
 
 
 def pack_folder(folder: str, out: Path, shard_bytes: int = 256_000_000) -> ShardIndex:
-    """Write the images of ``folder`` as tar shards with an index into the folder ``out`` (see `qtvit.data.shards`).
+    """Copy the images of ``folder`` into tar shards with an index in the folder ``out`` (see `qtvit.data.shards`).
 
-    The image files are copied as they are. Within the shards, training images are in a random order (by a hash of
-    their paths), so that a stream through them shows all classes at any time; the index has them in the order of the
-    folder. The same folder gives the same bytes.
+    In the shards, training images are in a random order (by a hash of their paths), so that a stream has all classes at
+    any time; the index has them in the order of the folder. The same folder gives the same bytes.
 
     Args:
-        folder: in one of the layouts of `load_labelled_images`; one without a val part stays without.
-        out: to create; may be there if it is empty.
-        shard_bytes: about the size of a shard; one image makes it larger if that alone is.
+        folder: a folder in one of the layouts of `load_labelled_images`; no images are held out from it.
+        out: the folder to create; it may exist if it is empty.
+        shard_bytes: approximate largest size of a shard; a larger image gets a shard of its own.
 
     Raises:
-        FileNotFoundError, ValueError: as `load_labelled_images`; ``out`` is not empty, or in ``folder``.
-        OSError: an image cannot be read, or ``out`` not be written to. What was written is removed then.
+        FileNotFoundError, ValueError: as `load_labelled_images`, or ``out`` is not empty or lies in ``folder``.
+        OSError: an image cannot be read, or ``out`` cannot be written to; what was written is removed.
     """
     root = data_folder(folder)
     if is_packed(root):
@@ -42,8 +41,7 @@ def pack_folder(folder: str, out: Path, shard_bytes: int = 256_000_000) -> Shard
         raise ValueError(f"{out} exists already and is not empty; name another folder")
     if root.resolve() in (out.resolve(), *out.resolve().parents):
         raise ValueError(f"{out} is in {root}, where its files would be taken for images; name another folder")
-    found = read_folders(root)
-    is_new = not out.exists()
+    found, is_new = read_folders(root), not out.exists()
     open_folder(out)
     try:
         splits = {"train": _pack_split("train", found.train, found.train_root, out, shard_bytes)}
@@ -75,7 +73,7 @@ def _pack_split(split: str, samples: Sequence[LabelledFile], root: Path, out: Pa
                 for key, place in _write_shard(temporary, itertools.islice(keys, num_images), samples, paths):
                     places[:, key] = len(shards), *place
         except OSError as error:
-            if error.errno is None:  # has its message already
+            if error.errno is None:  # raised by `read_file` or `replacing`, with a message that names the file
                 raise
             raise OSError(f"{file}: cannot be written ({error.strerror})") from error
         shards.append(Shard(file.name, file.stat().st_size, num_images))
@@ -84,10 +82,10 @@ def _pack_split(split: str, samples: Sequence[LabelledFile], root: Path, out: Pa
 
 
 def _images_per_shard(sizes: Iterable[int], shard_bytes: int) -> Iterator[int]:
-    """How many of the images, of these sizes in bytes, go into each shard."""
+    """Yield the number of images of each shard; ``sizes`` are those of the images in bytes."""
     num_images = num_bytes = 0
     for size in sizes:
-        size += -size % BLOCK + 3 * BLOCK  # two headers and the label
+        size += -size % BLOCK + 3 * BLOCK  # padding, two headers and the label
         if num_images and num_bytes + size > shard_bytes:
             yield num_images
             num_images = num_bytes = 0
@@ -99,7 +97,7 @@ def _images_per_shard(sizes: Iterable[int], shard_bytes: int) -> Iterator[int]:
 def _write_shard(
     file: Path, keys: Iterable[int], samples: Sequence[LabelledFile], paths: Sequence[str]
 ) -> Iterator[tuple[int, tuple[int, int]]]:
-    """Write the samples with these ``keys``; yields each key with offset and size of its image."""
+    """Write the samples with these ``keys``; yields each key with the offset and size of its image."""
     with file.open("wb") as target:
         with tarfile.open(fileobj=target, mode="w", format=tarfile.USTAR_FORMAT) as tar:
             for key in keys:
@@ -107,7 +105,7 @@ def _write_shard(
                 image = read_file(source)
                 yield key, (tar.offset + BLOCK, len(image))
                 for name, content in ((member_name(key, paths[key]), image), (f"{key:08d}.cls", b"%d" % label)):
-                    member = tarfile.TarInfo(name)  # of nobody, from 1970: the same bytes every time
+                    member = tarfile.TarInfo(name)  # without owner and time, for the same bytes every time
                     member.size = len(content)
                     tar.addfile(member, io.BytesIO(content))
         target.flush()

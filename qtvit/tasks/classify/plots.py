@@ -1,8 +1,9 @@
-"""Pictures of an evaluation of a classifier: confusion matrix, calibration, sheets of predictions."""
+"""Pictures of the evaluation of a classifier: confusion matrix, calibration, sheets of predictions."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from matplotlib.figure import Figure
 
@@ -16,7 +17,7 @@ from .evaluate import Evaluation
 
 
 def plot_confusion(evaluation: Evaluation, out: Path) -> None:
-    """True by predicted classes: counts where they can be read, else colours and a list of what is confused most.
+    """Draw the confusion matrix: with counts if they are legible, else in colours beside the most frequent confusions.
 
     Classes that are neither the label nor the prediction of any image are left out.
     """
@@ -25,34 +26,28 @@ def plot_confusion(evaluation: Evaluation, out: Path) -> None:
 
 
 def plot_calibration(evaluation: Evaluation, out: Path) -> None:
-    """Accuracy by confidence (they should agree: the dashed line), and how many images have which confidence."""
+    """Draw accuracy by confidence (the dashed line is where they agree), and the distribution of the confidence."""
     rows = evaluation.calibration()
+    width = 0.92 * (rows[0].high - rows[0].low)
+    full = [row for row in rows if row.num_images]
+    middles = [(row.low + row.high) / 2 for row in full]
+    accuracy, confidence = np.array([(row.accuracy, row.confidence) for row in full], float).T
     figure = Figure(figsize=(5.5, 6.5), layout="constrained")
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
-    full = [
-        (row, row.accuracy, row.confidence) for row in rows if row.accuracy is not None and row.confidence is not None
-    ]
-    middles = [(row.low + row.high) / 2 for row, _, _ in full]
-    width = 0.92 * (rows[0].high - rows[0].low)
-    top.bar(middles, [accuracy for _, accuracy, _ in full], width, color="steelblue", label="accuracy")
-    gaps = [confidence - accuracy for _, accuracy, confidence in full]
-    bases = [accuracy for _, accuracy, _ in full]
-    top.bar(middles, gaps, width, bases, color="none", edgecolor="crimson", hatch="///", label="gap to confidence")
+    top.bar(middles, accuracy, width, color="steelblue", label="accuracy")
+    gap = {"color": "none", "edgecolor": "crimson", "hatch": "///", "label": "gap to confidence"}
+    top.bar(middles, confidence - accuracy, width, accuracy, **gap)
     top.plot([0, 100], [0, 100], "--", color="grey")
-    top.set(
-        title=f"Calibration error (ECE) {evaluation.calibration_error():.2f} %",
-        ylabel="accuracy (%)",
-        xlim=(0, 100),
-        ylim=(0, 100),
-    )
+    title = f"Calibration error (ECE) {evaluation.calibration_error():.2f} %"
+    top.set(title=title, ylabel="accuracy (%)", xlim=(0, 100), ylim=(0, 100))
     top.legend(loc="upper left")
-    bottom.bar(middles, [100 * row.num_images / len(evaluation.targets) for row, _, _ in full], width, color="grey")
+    bottom.bar(middles, [100 * row.num_images / len(evaluation.targets) for row in full], width, color="grey")
     bottom.set(xlabel="confidence: probability of the predicted class (%)", ylabel="images (%)")
     save(figure, out)
 
 
 def plot_mistakes(evaluation: Evaluation, samples: Sequence[Sample], out: Path, num_images: int = 24) -> None:
-    """A sheet of the images predicted wrong, the most confident first; of the least certain right ones if none is."""
+    """Draw a sheet of the most confident mistakes, or, without mistakes, of the images with the least confidence."""
     chosen = evaluation.mistakes(num_images)
     if chosen:
         title = f"The most confident of {len(evaluation.mistakes())} mistakes in {len(evaluation.targets)} images"
@@ -63,17 +58,13 @@ def plot_mistakes(evaluation: Evaluation, samples: Sequence[Sample], out: Path, 
 
 
 def plot_predictions(evaluation: Evaluation, samples: Sequence[Sample], out: Path, num_images: int = 24) -> None:
-    """A sheet of images from all over the samples, with what was predicted."""
+    """Draw a sheet of evenly spaced samples with their predictions."""
     chosen = torch.linspace(0, len(samples) - 1, min(num_images, len(samples))).round().int().tolist()
     _save_sheet(evaluation, samples, chosen, f"{len(chosen)} of {len(samples)} images (red: predicted wrong)", out)
 
 
-def _save_sheet(
-    evaluation: Evaluation, samples: Sequence[Sample], chosen: Sequence[int], title: str, out: Path
-) -> None:
-    """Pictures of the ``chosen`` samples, with predicted class and confidence, the true class if it is another, and
-    the name of the file if it has one.
-    """
+def _save_sheet(evaluation: Evaluation, samples: Sequence[Sample], chosen: list[int], title: str, out: Path) -> None:
+    """Draw the ``chosen`` samples with confidence, predicted class, true class if it differs, and file name if any."""
     confidence, predicted = evaluation.probabilities.max(-1)
     tiles = []
     for index in chosen:

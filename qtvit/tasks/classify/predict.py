@@ -1,4 +1,4 @@
-"""From pictures to their classes."""
+"""Predicting the classes of images with a trained classifier."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -16,12 +16,7 @@ from qtvit.deploy.runtimes import Runtime
 
 @dataclass(frozen=True)
 class Prediction:
-    """The classes of one image, most probable first.
-
-    Attributes:
-        labels: class names.
-        probabilities: softmax outputs, in the same order.
-    """
+    """The names of the most probable classes of one image, in descending order, and their softmax outputs."""
 
     labels: tuple[str, ...]
     probabilities: tuple[float, ...]
@@ -41,11 +36,7 @@ class Prediction:
 
 
 class ClassPredictor(Predictor[Prediction]):
-    """A trained classifier, see `Predictor`.
-
-    Attributes:
-        preprocess: its evaluation protocol.
-    """
+    """A trained classifier; ``preprocess`` is the preprocessing of its images."""
 
     task = "classify"
 
@@ -58,7 +49,7 @@ class ClassPredictor(Predictor[Prediction]):
     def iter_predict(
         self, images: Sequence[ImageSource], top_k: int = 5, batch_size: int = 32, *, skip_broken: bool = False
     ) -> Iterator[Any]:
-        """The ``top_k`` most probable classes of each image, a `Prediction` at a time."""
+        """Yield a `Prediction` with the ``top_k`` most probable classes for each image."""
         if top_k < 1:
             raise ValueError(f"top_k must be 1 or more, got {top_k}")
         label = partial(self._label, top_k=min(top_k, len(self.classes)))

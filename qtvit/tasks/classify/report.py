@@ -21,11 +21,7 @@ def write_report(
 ) -> None:
     """Write scores.json, per_class.csv, confusion.png, calibration.png, mistakes.png and predictions.png.
 
-    Args:
-        evaluation: what to report.
-        samples: the images that it is of, in the same order.
-        folder: to write into.
-        about: what else to say in scores.json.
+    ``samples`` are the images of the evaluation, in its order; ``about`` has further entries for scores.json.
     """
     write_text(folder / "scores.json", json.dumps(scores(evaluation, about), indent=2) + "\n")
     table = io.StringIO()
@@ -40,7 +36,7 @@ def write_report(
 
 
 def scores(evaluation: Evaluation, about: Mapping[str, object] | None = None) -> dict[str, object]:
-    """All numbers of an evaluation, for JSON."""
+    """All numbers of an evaluation, for JSON, after the entries of ``about``."""
     return {
         **(about or {}),
         **evaluation.metrics(),
@@ -50,17 +46,15 @@ def scores(evaluation: Evaluation, about: Mapping[str, object] | None = None) ->
 
 
 def headline(evaluation: Evaluation) -> str:
-    """The scores in one line; top-5 only where it can be wrong."""
+    """The main scores in one line; top-5 only if there are more than five classes."""
     top5 = f"   top-5 {evaluation.accuracy(5):.2f} %" if len(evaluation.classes) > 5 else ""
-    num_images = len(evaluation.targets)
-    return (
-        f"top-1 {evaluation.accuracy():.2f} %{top5}   ECE {evaluation.calibration_error():.2f} %"
-        f"   of {num_images} image{'s' * (num_images != 1)}"
-    )
+    num = len(evaluation.targets)
+    ece = f"ECE {evaluation.calibration_error():.2f} %   of {num} image{'s' * (num != 1)}"
+    return f"top-1 {evaluation.accuracy():.2f} %{top5}   {ece}"
 
 
 def class_table(evaluation: Evaluation) -> list[str]:
-    """Lines of a table of the classes and their means in percent; of many classes, of those with the lowest recall."""
+    """Table of the scores of the classes and their means in percent; of many classes only those with lowest recall."""
     rows = evaluation.per_class()
     known = [row for row in rows if row.recall is not None]
     shown = rows if len(rows) <= MAX_ROWS else sorted(known, key=lambda row: row.recall or 0)[:NUM_WORST]

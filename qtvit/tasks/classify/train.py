@@ -1,4 +1,4 @@
-"""Training a classifier: configuration in, run folder out."""
+"""Training a classifier, from configuration to run folder."""
 
 import math
 from collections.abc import Sequence
@@ -36,7 +36,7 @@ from qtvit.training.job import (
 from qtvit.training.options import absolute
 from qtvit.training.task import Task
 
-from .config import AugmentConfig, ClassifyConfig
+from .config import ClassifyConfig
 from .data import ImageDataset, LabelledImages, load_labelled_images
 from .distill import Distillation, load_distillation
 from .evaluate import evaluate
@@ -52,8 +52,6 @@ EPOCH_COLUMNS = {
     "val/top1": "top-1 {:.2f} %",
     "val/raw_top1": "not averaged {:.2f} %",
 }
-
-
 CURVES = {
     "Loss": {"training": "train/loss", "held out": "val/loss"},
     "Accuracy (%)": {"top-1": "val/top1", "top-5": "val/top5"},
@@ -63,16 +61,15 @@ CURVES = {
 
 @dataclass(frozen=True)
 class RunSummary(Summary):
-    """What a finished training of a classifier has to say.
+    """Result of training a classifier.
 
     Attributes:
-        run: the run folder.
-        top1, top5: of the best weights on the held-out images, in percent.
+        top1, top5: accuracy of the best weights on the held-out images, in percent.
         num_params, num_macs: of the model at its image size.
-        images_per_second: forward pass alone, on the training device.
+        images_per_second: speed of the forward pass alone, on the training device.
         train_seconds: wall-clock time of the training loop.
-        train_images_per_second: training steps alone, in all processes, without loading images and evaluation; None if
-            they were not measured.
+        train_images_per_second: speed of the training steps in all processes, without loading images and evaluation;
+            None if it was not measured.
     """
 
     top1: float
@@ -85,30 +82,20 @@ class RunSummary(Summary):
 
     def lines(self) -> list[tuple[str, str]]:
         top5 = f" (top-5 {self.top5:.2f} %)" if self.top5 < 100 else ""
+        pictures = "curves, confusion, calibration, mistakes and predictions as .png"
         return [
             ("top-1", f"{self.top1:.2f} % on the held-out images{top5}"),
             ("parameters", f"{self.num_params / 1e6:.2f} M"),
             ("MACs", f"{self.num_macs / 1e6:.1f} M per image"),
             ("speed", f"{self.images_per_second:.0f} images/s (forward pass on the training device)"),
             ("training", f"{self.train_seconds:.0f} s"),
-            (
-                "files",
-                "best.safetensors (the model), curves, confusion, calibration, mistakes and predictions as .png,",
-            ),
+            ("files", f"best.safetensors (the model), {pictures},"),
             ("", "summary.json, scores.json, per_class.csv, config.yaml"),
         ]
 
 
 class Classifier(Task):
-    """The task of telling classes apart.
-
-    Args:
-        model: the network.
-        num_classes: its outputs.
-        config: of the run.
-        class_weights: (num_classes,) weights of the loss, or None.
-        distillation: from a teacher, or None.
-    """
+    """A classifier in training; ``class_weights``, (num_classes,), are those of the loss of the labels."""
 
     config: ClassifyConfig
 
@@ -120,10 +107,9 @@ class Classifier(Task):
         class_weights: Tensor | None = None,
         distillation: Distillation | None = None,
     ) -> None:
-        weights = distillation.weights if distillation else {}
-        super().__init__(model, config, loss_parts=list(weights))
-        self.distillation = distillation
-        self.distill_weights = weights
+        distill_weights = distillation.weights if distillation else {}
+        super().__init__(model, config, loss_parts=list(distill_weights))
+        self.distillation, self.distill_weights = distillation, distill_weights
         self.num_classes = num_classes
         self.class_weights: Tensor | None
         self.register_buffer("class_weights", class_weights, persistent=False)
@@ -131,7 +117,7 @@ class Classifier(Task):
 
     def on_fit_start(self) -> None:
         if self.distillation is not None:
-            self.distillation.teacher.to(self.device)
+            self.distillation.teacher.to(self.device)  # the teacher is no submodule, so Lightning does not move it
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         images, labels = batch
@@ -139,14 +125,9 @@ class Classifier(Task):
         targets = soft_targets(labels, self.num_classes, optim.label_smoothing)
         images = images.contiguous(memory_format=torch.channels_last)
         images, targets = mix(images, targets, mixup=augment.mixup, cutmix=augment.cutmix, alpha=augment.mix_alpha)
-        parts: dict[str, Tensor] = {}
-        if self.distillation is None:
-            logits = self.model(images)
-        else:
-            logits, parts = self.distillation(self.model, images)
+        logits, parts = self.distillation(self.model, images) if self.distillation else (self.model(images), {})
         loss = classification_loss(logits, targets, optim.loss, self.class_weights)
-        for name, weight in self.distill_weights.items():
-            loss = loss + weight * parts[name]
+        loss = sum((weight * parts[name] for name, weight in self.distill_weights.items()), start=loss)
         if self.ema is not None and ema.mesa_ratio and self.progress >= ema.mesa_start:
             with torch.no_grad():
                 teacher = self.ema(images).float()
@@ -162,8 +143,8 @@ class Classifier(Task):
             logits = network.forward(images).float()
             scores: Any = self.scores[f"{prefix}scores"]
             scores["loss"].update(F.cross_entropy(logits, labels, reduction="none"))
-            scores["top1"].update(logits, labels)
-            scores["top5"].update(logits, labels)
+            for name in ("top1", "top5"):
+                scores[name].update(logits, labels)
 
     def on_validation_epoch_end(self) -> None:
         for prefix in self.networks:
@@ -181,13 +162,10 @@ class Classifier(Task):
 
 
 def _scores(num_classes: int) -> nn.ModuleDict:
-    return nn.ModuleDict(
-        {
-            "loss": MeanMetric(nan_strategy=math.nan),  # by default it leaves NaN out
-            "top1": MulticlassAccuracy(num_classes, average="micro"),
-            "top5": MulticlassAccuracy(num_classes, average="micro", top_k=min(5, num_classes)),
-        }
-    )
+    top1 = MulticlassAccuracy(num_classes, average="micro")
+    top5 = MulticlassAccuracy(num_classes, average="micro", top_k=min(5, num_classes))
+    # By default MeanMetric leaves NaN out, and a diverged network would look fine.
+    return nn.ModuleDict({"loss": MeanMetric(nan_strategy=math.nan), "top1": top1, "top5": top5})
 
 
 def classification_loss(logits: Tensor, targets: Tensor, kind: str, class_weights: Tensor | None = None) -> Tensor:
@@ -195,9 +173,9 @@ def classification_loss(logits: Tensor, targets: Tensor, kind: str, class_weight
 
     Args:
         logits, targets: (B, C); targets from 0 to 1.
-        kind: "ce", cross-entropy of the softmax; or "bce", the mean binary cross-entropy of all B * C sigmoids.
-        class_weights: (C,); for "ce", of the terms of each class; for "bce", where all classes have a term in every
-            image, of the images by their targets.
+        kind: "ce", softmax cross-entropy, or "bce", the mean binary cross-entropy of all B * C sigmoids.
+        class_weights: (C,). For "ce" they weight the term of each class. For "bce", where every class has a term in
+            every image, they weight the images by their targets.
     """
     if kind == "ce":
         return F.cross_entropy(logits.float(), targets, weight=class_weights)
@@ -206,7 +184,7 @@ def classification_loss(logits: Tensor, targets: Tensor, kind: str, class_weight
 
 
 def class_weights(labels: Sequence[int], num_classes: int, how: str | None) -> Tensor | None:
-    """(num_classes,) weights of the loss: "balanced" is N / (num_classes · N_c), the same part for each class."""
+    """(num_classes,) weights of the loss: "balanced" is N / (num_classes · N_c), so that all classes count equally."""
     if how is None:
         return None
     counts = torch.bincount(torch.tensor(labels), minlength=num_classes)
@@ -219,7 +197,6 @@ class ClassifyJob(Job[ClassifyConfig, RunSummary]):
     monitor = "val/top1"
     score = "top-1"
     columns = EPOCH_COLUMNS
-
     curves = CURVES
 
     def read_data(self, config: ClassifyConfig) -> LabelledImages:
@@ -239,8 +216,8 @@ class ClassifyJob(Job[ClassifyConfig, RunSummary]):
         sizes = (preprocess.size, *config.augment.train_shapes())
         for size in sizes:
             check_img_size(model, size, "--img-size" if size == preprocess.size else "--augment.train-sizes")
-        finished = past.get("finished", False)
-        distillation = None if finished else load_distillation(config, model, self.info, sizes, past.get("teacher"))
+        is_done = past.get("finished", False)  # then only the report is missing
+        distillation = None if is_done else load_distillation(config, model, self.info, sizes, past.get("teacher"))
         weights = class_weights([label for _, label in data.train], len(data.classes), config.optim.class_weights)
         model = model.to(memory_format=torch.channels_last)
         self.task = Classifier(model, len(data.classes), config, weights, distillation)
@@ -282,27 +259,26 @@ class ClassifyJob(Job[ClassifyConfig, RunSummary]):
 
 
 def read_data(config: ClassifyConfig) -> LabelledImages:
-    """The images to train on."""
+    """Read the images to train on and those held out."""
     data = load_labelled_images(
         config.data, val_fraction=config.val_fraction, seed=config.seed, train_images=config.train_images
     )
-    if config.on_bad_image == "skip" and data.stream:
+    if config.on_bad_image == "stop":
+        return data
+    if data.stream:
         raise ValueError(f"--on-bad-image skip reads all images beforehand, and those of {data.stream} are streamed")
-    if config.on_bad_image == "skip":
-        data = replace(data, train=drop_broken(data.train, data.classes), val=drop_broken(data.val))
-    return data
+    return replace(data, train=drop_broken(data.train, data.classes), val=drop_broken(data.val))
 
 
 def build_classifier(config: ClassifyConfig, data: LabelledImages) -> tuple[Any, ModelInfo]:
-    """The model to train, from random weights or from ``config.checkpoint``, and its description."""
+    """Build the model to train, from random weights or from ``config.checkpoint``, and its description."""
     classes = list(data.classes)
     name = config.model or DEFAULT_MODEL
-    model: Any  # timm's models have methods that torch's do not know of
-    if config.checkpoint is not None:
+    shape = config.image_shape()
+    model: Any  # timm's models have methods that nn.Module lacks
+    if (path := config.checkpoint) is not None:
         try:
-            model, source = load_model(
-                config.checkpoint, task=config.task, swap_kernel=config.swap_kernel, **config.model_args
-            )
+            model, source = load_model(path, task=config.task, swap_kernel=config.swap_kernel, **config.model_args)
         except ValueError as error:
             if config.swap_kernel or not config.model_args.keys() & set(ATTENTION_ARGS):
                 raise
@@ -316,26 +292,21 @@ def build_classifier(config: ClassifyConfig, data: LabelledImages) -> tuple[Any,
         preprocess = Preprocess(**source.preprocess)
     else:
         model_args = {**config.model_args, "num_classes": len(classes)}
-        if config.image_shape() and _takes_img_size(name):
-            model_args.setdefault("img_size", config.image_shape())
+        if shape and (name in ARCHITECTURES or getattr(timm.get_pretrained_cfg(name), "fixed_input_size", False)):
+            model_args.setdefault("img_size", shape)
         model = build_model(name, **model_args)
         cfg = resolve_model_data_config(model)
         names = ("crop_pct", "interpolation", "mean", "std")
         preprocess = Preprocess(size=cfg["input_size"][1:], **{name: cfg[name] for name in names})
-    preprocess = replace(
-        preprocess, size=config.image_shape() or preprocess.size, crop_pct=config.crop_pct or preprocess.crop_pct
-    )
+    preprocess = replace(preprocess, size=shape or preprocess.size, crop_pct=config.crop_pct or preprocess.crop_pct)
     return model, ModelInfo(name, own_args(model_args), classes, asdict(preprocess), split=data.split)
 
 
-def _takes_img_size(model: str) -> bool:
-    cfg = timm.get_pretrained_cfg(model)
-    return model in ARCHITECTURES or bool(cfg and cfg.fixed_input_size)
-
-
 def _loaders(config: ClassifyConfig, data: LabelledImages, preprocess: Preprocess, device: torch.device) -> Loaders:
-    sizes = [preprocess.size, *config.augment.train_shapes()]
-    transforms = [_train_transform(config.augment, preprocess, size) for size in sizes]
+    sizes = (preprocess.size, *config.augment.train_shapes())
+    own = ("scale", "ratio", "hflip", "vflip", "color_jitter", "auto_augment", "interpolation", "random_erasing")
+    options = {name: getattr(config.augment, name) for name in own}
+    transforms = [TrainTransform(size, mean=preprocess.mean, std=preprocess.std, **options) for size in sizes]
     train = [ImageDataset(data.train, transform) for transform in transforms]
     val = ImageDataset(data.val, preprocess.transform())
     loaders = make_loaders(config, device, train, len(data.train), val, len(data.val))
@@ -355,9 +326,3 @@ def _loaders(config: ClassifyConfig, data: LabelledImages, preprocess: Preproces
         train=DataLoader(stream, config.batch_size, persistent_workers=common["num_workers"] > 0, **common),
         bn=FirstBatches(DataLoader(fixed, bn_size, **common), num_bn_batches) if config.bn_images else None,
     )
-
-
-def _train_transform(augment: AugmentConfig, preprocess: Preprocess, size: tuple[int, int]) -> TrainTransform:
-    own = ("scale", "ratio", "hflip", "vflip", "color_jitter", "auto_augment", "interpolation", "random_erasing")
-    options = {name: getattr(augment, name) for name in own}
-    return TrainTransform(size, mean=preprocess.mean, std=preprocess.std, **options)

@@ -1,4 +1,4 @@
-"""From an image to the network's input in training: augmentation as the published recipes have it."""
+"""Augmentation and normalisation of training images, as in the published recipes."""
 
 import itertools
 import re
@@ -18,7 +18,7 @@ from torchvision import transforms
 from qtvit.errors import unknown_name
 
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
-"""What the interpolation "random" is drawn from, with equal odds."""
+"""The interpolations from which "random" draws, with equal probability."""
 
 _NUMBER = r"\d+(\.\d+)?"
 _AUTO_AUGMENT = re.compile(
@@ -26,30 +26,30 @@ _AUTO_AUGMENT = re.compile(
     rf"|augmix(-(m\d+|w\d+|d\d+|a{_NUMBER}|b[01]|mstd{_NUMBER}))*"
     rf"|(v0r?|originalr?|3a)(-mstd{_NUMBER})?"
 )
-"""timm's strings; timm itself passes over sections that it does not know."""
+"""The strings that timm understands; timm itself silently ignores sections that it does not know."""
 
 
 class TrainTransform:
     """PIL RGB image -> (3, H, W) fp32: crop, flips, RandAugment or colour jitter, normalisation, erasing.
 
-    Made of timm's and torchvision's transforms, in timm's order. Random numbers come from the global generators of
+    The steps are timm's and torchvision's transforms, in timm's order. They draw from the global random generators of
     Python, NumPy and torch. The defaults are what all published recipes share.
 
     Args:
         size: (H, W) of the result.
-        scale: smallest and largest part of the image's area in the crop.
+        scale: smallest and largest area of the crop, as parts of the image's area.
         ratio: smallest and largest aspect ratio of the crop.
         hflip, vflip: probabilities of a horizontal and a vertical flip.
-        color_jitter: strength of brightness, contrast and saturation jitter, 0 for none. As in timm without effect
-            beside auto_augment, other than 3-Augment.
-        auto_augment: timm's string, such as rand-n1-m3-mstd1.0-inc1. What an operation brings into view has the mean
-            colour; shifts go up to 0.45 of the side that they run along; all interpolate bicubically.
-        interpolation: of the crop's resize, one of `INTERPOLATIONS`, or "random" for a new one for each image.
-        random_erasing: probability of setting one rectangle to 0, which after normalisation is the mean colour.
-        mean, std: per channel, for pixels from 0 to 1.
+        color_jitter: strength of brightness, contrast and saturation jitter, 0 for none. As in timm, it has no effect
+            with auto_augment, except with 3-Augment.
+        auto_augment: timm's string, such as rand-n1-m3-mstd1.0-inc1. All operations interpolate bicubically and fill
+            new areas with the mean colour; translations go up to 0.45 of the side (augmix: 0.3).
+        interpolation: one of `INTERPOLATIONS` for the crop's resize, or "random" to draw one for each image.
+        random_erasing: probability of setting one rectangle to 0, which is the mean colour after normalisation.
+        mean, std: normalisation per channel, for pixels from 0 to 1.
 
     Raises:
-        ValueError: an unknown interpolation, or a string that is not one of timm's.
+        ValueError: the interpolation is unknown, or ``auto_augment`` is not one of timm's strings.
     """
 
     def __init__(
@@ -70,20 +70,18 @@ class TrainTransform:
         if interpolation not in (*INTERPOLATIONS, "random"):
             raise unknown_name("interpolation", interpolation, [*INTERPOLATIONS, "random"])
         crop = RandomResizedCropAndInterpolation(size, scale, ratio, interpolation)
-        if interpolation == "random":  # of timm, bilinear or bicubic
+        if interpolation == "random":  # timm draws from bilinear and bicubic only
             crop.interpolation = tuple(map(str_to_interp_mode, INTERPOLATIONS))
         steps: list[Callable[[Any], Any]] = [crop]
-        if hflip > 0:
-            steps.append(transforms.RandomHorizontalFlip(hflip))
-        if vflip > 0:
-            steps.append(transforms.RandomVerticalFlip(vflip))
+        for flip, p in ((transforms.RandomHorizontalFlip, hflip), (transforms.RandomVerticalFlip, vflip)):
+            if p > 0:
+                steps.append(flip(p))
         if auto_augment is not None:
             steps.append(_auto_augment(auto_augment, mean))
         if color_jitter > 0 and (auto_augment is None or "3a" in auto_augment):
             steps.append(transforms.ColorJitter(color_jitter, color_jitter, color_jitter))
         self.augment = transforms.Compose(steps)
-        self.mean = np.array(mean, dtype=np.float32)[:, None, None]
-        self.std = np.array(std, dtype=np.float32)[:, None, None]
+        self.mean, self.std = np.array([mean, std], dtype=np.float32)[..., None, None]
         self.erase = RandomErasing(random_erasing, device="cpu") if random_erasing > 0 else None
 
     def __call__(self, image: Image.Image) -> Tensor:
@@ -116,7 +114,5 @@ def _auto_augment(text: str, mean: tuple[float, ...]) -> Callable[[Image.Image],
 
 
 def _posterize(image: Image.Image, bits: int, **_: object) -> Image.Image:
-    """At the end of its range timm asks for 0 bits, which is black; PIL 13 refuses that, mid-training."""
-    if bits < 1:
-        return Image.new(image.mode, image.size)
-    return ImageOps.posterize(image, min(bits, 8))
+    """Posterize, but black for the 0 bits that timm can draw; PIL 13 raises an error for them, in mid-training."""
+    return ImageOps.posterize(image, min(bits, 8)) if bits >= 1 else Image.new(image.mode, image.size)

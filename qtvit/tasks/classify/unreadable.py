@@ -1,4 +1,4 @@
-"""Images that cannot be read, found before they stop the work."""
+"""Finding images that cannot be read before they stop a training or an evaluation."""
 
 from collections.abc import Sequence
 
@@ -8,21 +8,17 @@ from qtvit.data.split import Sample
 
 
 def find_broken(samples: Sequence[Sample], num_threads: int = 8) -> list[tuple[ImageSource, str]]:
-    """The images that `open_image` cannot read, each with the reason. All files are read in full."""
+    """Return the images that `open_image` cannot read, each with the reason; all files are read in full."""
     sources = [source for source, _ in samples]
     reasons = for_each_image(_why_broken, sources, num_threads)
     return [(source, reason) for source, reason in zip(sources, reasons, strict=True) if reason is not None]
 
 
 def drop_broken(samples: Sequence[Sample], classes: Sequence[str] | None = None) -> list[Sample]:
-    """``samples`` without those that cannot be read; how many these are, and the first of them, are said.
-
-    Args:
-        samples: to check.
-        classes: what the labels index, for training images: every class has to keep an image.
+    """Return ``samples`` without those that cannot be read, and print the number of these and the first reasons.
 
     Raises:
-        ValueError: nothing is left, or a class is left without images.
+        ValueError: no sample is left, or none of one of the ``classes`` (given for training images).
     """
     broken = find_broken(samples)
     if not broken:
