@@ -26,6 +26,8 @@ from qtvit.training import callbacks, job
 from qtvit.training.callbacks import History
 from qtvit_cli import main
 
+pytestmark = pytest.mark.slow
+
 OPTIONS = (
     "--data digits --model qtvit_nano --img-size 16 --epochs 2 --train-images 16 --batch-size 8 --bn-images 8 "
     "--num-threads 1"

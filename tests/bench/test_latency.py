@@ -12,7 +12,7 @@ from qtvit.bench.candidates import Candidate
 from qtvit.bench.latency import bench_latency
 from qtvit_cli import main
 
-pytestmark = pytest.mark.usefixtures("quick")
+pytestmark = [pytest.mark.usefixtures("quick"), pytest.mark.slow]
 
 
 def test_ours_next_to_the_peer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

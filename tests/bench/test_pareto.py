@@ -16,7 +16,7 @@ from qtvit.bench.plots import place_labels
 from qtvit.models import PUBLISHED_ACCURACY
 from qtvit_cli import main
 
-pytestmark = pytest.mark.usefixtures("quick")
+pytestmark = [pytest.mark.usefixtures("quick"), pytest.mark.slow]
 
 
 def test_the_published_results_are_of_models_that_there_are() -> None:

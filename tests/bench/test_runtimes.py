@@ -9,6 +9,8 @@ from qtvit.bench.memory import peak_memory
 from qtvit.bench.peak import matmul_peaks
 from qtvit.bench.runtimes import RUNTIMES, check_runtimes
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 
 

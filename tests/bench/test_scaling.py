@@ -10,7 +10,7 @@ from qtvit.bench.scaling import attention_runs, bench_scaling, find_crossover, f
 from qtvit.ops import linear_attention_cf
 from qtvit_cli import main
 
-pytestmark = pytest.mark.usefixtures("quick")
+pytestmark = [pytest.mark.usefixtures("quick"), pytest.mark.slow]
 
 
 def test_heads_are_those_of_the_last_stages() -> None:

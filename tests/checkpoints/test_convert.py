@@ -17,6 +17,8 @@ from qtvit.models import ARCHITECTURES, build_model
 from qtvit.models.foreign import released_name, source_of, timm_name
 from qtvit_cli import main
 
+pytestmark = pytest.mark.slow
+
 SHAPES = json.loads((Path(__file__).parents[1] / "golden" / "released_state_dict_shapes.json").read_text())
 Weights = dict[str, Tensor]
 Randomize = Callable[[nn.Module, int], nn.Module]

@@ -24,6 +24,8 @@ from qtvit_cli import main
 
 from .hub_server import TOKEN, Hub, Repo, serve
 
+pytestmark = pytest.mark.slow
+
 PREPROCESS = {"size": [32, 48], "crop_pct": 0.9, "interpolation": "bilinear", "mean": [0.5] * 3, "std": [0.25] * 3}
 SMALL = {"num_classes": 3, "depths": [1] * 4, "dims": [8, 8, 16, 16]}
 MODELS: list[tuple[str, dict[str, Any]]] = [

@@ -22,6 +22,8 @@ from qtvit.tasks.classify.held_out import held_out_samples
 from qtvit_cli import main
 from tests.training.conftest import COLORS, draw
 
+pytestmark = pytest.mark.slow
+
 
 def test_a_run_learns_and_leaves_its_files(run: Path) -> None:
     summary = json.loads((run / "summary.json").read_text())

@@ -31,6 +31,8 @@ from qtvit_cli import main
 
 from .conftest import CLASSES, save_tiny
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 Exporting = Callable[[str, str], Export]
 FLOATS = [(name, precision) for name in FORMATS for precision in PRECISIONS[name] if precision != "int8"]

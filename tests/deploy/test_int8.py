@@ -13,6 +13,8 @@ from qtvit.deploy.export import export_model
 from qtvit.tasks.classify.pack import pack_folder
 from qtvit_cli import main
 
+pytestmark = pytest.mark.slow
+
 
 def test_onnx(tiny_run: Path, photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["export", str(tiny_run), "--precision", "int8", "--calibration", str(photos)]

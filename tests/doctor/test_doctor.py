@@ -25,6 +25,8 @@ from qtvit.models import Architecture, QTViT
 from qtvit.tasks.classify.predict import ClassPredictor
 from qtvit_cli import main
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="session")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:

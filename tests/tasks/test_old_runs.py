@@ -20,6 +20,8 @@ from qtvit_cli import main
 from tests.tasks.detect.boxes import draw_boxes
 from tests.tasks.segment.masks import draw_masks
 
+pytestmark = pytest.mark.slow
+
 RUNS = Path(__file__).with_name("old_runs")
 THEN = json.loads((RUNS / "then.json").read_text())
 DATA: dict[str, Callable[[Path], Any]] = {"digits": lambda path: None, "boxes": draw_boxes, "masks": draw_masks}

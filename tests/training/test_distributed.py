@@ -20,6 +20,8 @@ from tests.tasks.segment.masks import draw_masks
 from .compare import same_end
 from .conftest import COLORS, draw
 
+pytestmark = pytest.mark.slow
+
 TINY = "train classify --model qtvit_nano --img-size 16 --data {data} --num-threads 1 --num-workers 0"
 AUGMENTED = "--augment.auto-augment rand-m5-mstd1 --augment.random-erasing 0.3"
 # Batches of 2 x 4 are batches of 8 but for the BatchNorm statistics and what is drawn anew in each process.

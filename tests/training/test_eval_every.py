@@ -16,6 +16,8 @@ from qtvit_cli import main
 
 from .compare import same_end
 
+pytestmark = pytest.mark.slow
+
 # 20 of 24 training images: two steps an epoch; epochs 2 and 3 are evaluated.
 TRAIN = (
     "train classify --model qtvit_nano --img-size 16 --epochs 3 --batch-size 8 --bn-images 8 --num-workers 0 "

@@ -24,6 +24,8 @@ from qtvit_cli import main
 
 from .compare import same_end
 
+pytestmark = pytest.mark.slow
+
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["qtvit.tasks.classify.train", "qtvit_cli"])
 FSYNC = os.fsync

@@ -17,6 +17,8 @@ from qtvit_cli import main
 
 from .compare import same_end
 
+pytestmark = pytest.mark.slow
+
 TRAIN = (
     "train classify --model qtvit_nano --img-size 16 --epochs 3 --batch-size 8 --bn-images 8 --num-workers {workers} "
     "--data {data} --model-args.drop_path_rate 0.2 --model-args.drop_rate 0.1 --augment.auto-augment rand-m5-mstd1 "

@@ -23,6 +23,8 @@ from qtvit.tasks.classify.pack import pack_folder
 from qtvit.tasks.classify.stream import ShardStream, remote_images
 from qtvit_cli import main
 
+pytestmark = pytest.mark.slow
+
 NUM_TRAIN, NUM_VAL = 60, 11
 
 

@@ -35,6 +35,8 @@ from tests.training.compare import same_end
 from tests.training.conftest import COLORS
 from tests.training.fit import NUM_CLASSES, configured, fit, random_batches
 
+pytestmark = pytest.mark.slow
+
 Network = Callable[..., QTViT]
 EFFICIENTVIT = {"kernel": "relu", "ape": False, "shortcut": False}
 # 24 training images: three steps an epoch.

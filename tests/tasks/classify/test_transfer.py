@@ -19,6 +19,8 @@ from qtvit.training.options import make_config, parse_config
 from qtvit_cli import main
 from tests.training.conftest import COLORS, draw
 
+pytestmark = pytest.mark.slow
+
 FAST = {"model": "qtvit_nano", "img_size": 16, "epochs": 1, "batch_size": 8, "num_workers": 0, "bn_images": 8}
 
 

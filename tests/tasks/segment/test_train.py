@@ -25,6 +25,8 @@ from tests.training.compare import same_end
 
 from .masks import NAMES, draw_masks
 
+pytestmark = pytest.mark.slow
+
 TRAIN = (
     "train segment --model qtvit_nano --head light --crop-size 32 --data {data} --batch-size 4 --num-workers 0 "
     "--num-threads 1 --bn-images 8 --augment.scale [0.9,1.2] --output {output}"
